@@ -1,0 +1,182 @@
+"""What a model is made of, as plain data: everything that a checkpoint's config.json holds.
+
+Presets live in `PRESETS`, one entry a model, exact names only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from runtime.errors import CheckpointError
+
+SCHEMA = 1
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageConfig:
+    """The image tower and the pixels that it expects."""
+
+    backbone: str
+    """A timm model name, or "fastvit" for a FastViT whose dimensions stand in `backbone_args`."""
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 256
+    """Side of the square input, in pixels."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    crop_pct: float = 1.0
+    """The shorter side is resized to floor(image_size / crop_pct) before the centre crop."""
+    projection: Literal["head", "linear", "mlp"] = "head"
+    """"head": the backbone's own classifier projects to embed_dim; otherwise a layer of ours on the pooled features."""
+    projection_hidden: int = 0
+    """Hidden width of an "mlp" projection; 0 means the width of its input."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """The text tower and the tokens that it expects."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    mask: Literal["causal", "pad", "none"] = "none"
+    """"none" lets padding take part (Apple's S models: always pad to context_length)."""
+    pool: Literal["eot", "mean"] = "eot"
+    """"eot": the position of the largest token id; "mean": the mean over tokens that are not padding."""
+    norm: Literal["pre", "post"] = "pre"
+    """"post" with `embedding_norm` is a BERT encoder."""
+    embedding_norm: bool = False
+    layer_norm_eps: float = 1e-5
+    pad_id: int = 0
+    tokenizer: Literal["clip", "wordpiece"] = "clip"
+    cleaning: Literal["clip", "none"] = "clip"
+    projection: Literal["linear", "mlp"] = "linear"
+    projection_hidden: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A two-tower model. `ffn_widths` overrides the hidden width of single feed-forward layers (after pruning)."""
+
+    name: str
+    embed_dim: int
+    image: ImageConfig
+    text: TextConfig
+    logit_scale: float = 1 / 0.07
+    """Multiplicative initial value; the parameter holds its logarithm."""
+    ffn_widths: dict[str, int] = field(default_factory=dict)
+    """Module path of an FFN ("image.trunk.stages.0.blocks.0.mlp") to its hidden width."""
+    folded: bool = False
+    """True when training-time branches have been folded into plain convolutions."""
+    licence: str = "unknown"
+    """Licence of the weights, to be printed wherever they are used."""
+    sources: tuple[str, ...] = ()
+    """Where the weights come from, one sentence each."""
+
+    def __post_init__(self) -> None:
+        if self.text.width % self.text.heads:
+            raise CheckpointError(
+                f"model '{self.name}': text width {self.text.width} is not a multiple of its {self.text.heads} heads; change one of them"
+            )
+        if self.embed_dim < 1 or self.image.image_size < 16 or self.text.context_length < 4:
+            raise CheckpointError(
+                f"model '{self.name}': embed_dim {self.embed_dim}, image_size {self.image.image_size} and context_length "
+                f"{self.text.context_length} must be at least 1, 16 and 4"
+            )
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """JSON-ready form of a config, with its schema number."""
+    return {"schema": SCHEMA, **dataclasses.asdict(config)}
+
+
+def config_from_dict(data: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """Build a config from what `config_to_dict` wrote.
+
+    Raises:
+        CheckpointError: unknown schema, unknown or missing fields (all of them are listed).
+    """
+    data = dict(data)
+    schema = data.pop("schema", None)
+    if schema != SCHEMA:
+        raise CheckpointError(f"{where}: schema is {schema!r}, this version reads {SCHEMA}; convert the checkpoint or update the toolkit")
+    image, text = data.pop("image", None), data.pop("text", None)
+    if not isinstance(image, dict) or not isinstance(text, dict):
+        raise CheckpointError(f"{where}: the sections 'image' and 'text' must both be objects; the file is not a model config")
+    image = {**image, **{key: tuple(image[key]) for key in ("mean", "std") if key in image}}
+    if "sources" in data:
+        data["sources"] = tuple(data["sources"])
+    try:
+        return ModelConfig(image=ImageConfig(**image), text=TextConfig(**text), **data)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: {error}; the file was written by another version or by hand") from None
+
+
+def _fastvit_pocket(dims: tuple[int, ...], layers: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "layers": list(layers),
+        "embed_dims": list(dims),
+        "mlp_ratios": [3, 3, 3, 3],
+        "token_mixers": ["repmixer", "repmixer", "repmixer", "attention"],
+        "pos_embs": [None, None, None, 7],
+        "se_downsamples": [False, False, False, False],
+        "down_patch_size": 3,
+        "repmixer_kernel_size": 3,
+        "mlp_kernel_size": 3,
+        "cls_ratio": 2.0,
+        "layer_scale_init_value": 0.1,
+        "lkc_use_act": True,
+    }
+
+
+_APPLE = "Apple ML Research Model Terms of Use (research only, derivatives included)"
+_OURS = "MIT (weights trained here; the data's licences are in the receipt)"
+
+PRESETS: dict[str, ModelConfig] = {
+    "mobileclip2_s0": ModelConfig(
+        name="mobileclip2_s0", embed_dim=512, licence=_APPLE,
+        image=ImageConfig(backbone="fastvit_mci0"), text=TextConfig(mask="none"),
+    ),
+    "mobileclip_s1": ModelConfig(
+        name="mobileclip_s1", embed_dim=512, licence=_APPLE,
+        image=ImageConfig(backbone="fastvit_mci1"), text=TextConfig(mask="none"),
+    ),
+    "mobileclip_s2": ModelConfig(
+        name="mobileclip_s2", embed_dim=512, licence=_APPLE,
+        image=ImageConfig(backbone="fastvit_mci2"), text=TextConfig(mask="none"),
+    ),
+    "mobileclip_b": ModelConfig(
+        name="mobileclip_b", embed_dim=512, licence=_APPLE,
+        image=ImageConfig(backbone="vit_base_mci_224", backbone_args={"global_pool": "token"}, image_size=224),
+        text=TextConfig(mask="causal"),
+    ),
+    "pocket_s": ModelConfig(
+        name="pocket_s", embed_dim=256, licence=_OURS,
+        image=ImageConfig(backbone="fastvit", backbone_args=_fastvit_pocket((24, 48, 96, 192), (1, 1, 2, 1)), image_size=64),
+        text=TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal"),
+    ),
+    "pocket_m": ModelConfig(
+        name="pocket_m", embed_dim=256, licence=_OURS,
+        image=ImageConfig(backbone="fastvit", backbone_args=_fastvit_pocket((32, 64, 128, 256), (1, 2, 3, 1)), image_size=96),
+        text=TextConfig(context_length=24, vocab_size=8192, width=192, heads=6, layers=3, mask="causal"),
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset of exactly this name.
+
+    Raises:
+        CheckpointError: unknown name; the known ones are listed.
+    """
+    if name not in PRESETS:
+        raise CheckpointError(f"unknown model '{name}'; known presets are {', '.join(PRESETS)}, or give a checkpoint folder")
+    return PRESETS[name]
