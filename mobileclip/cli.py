@@ -1,0 +1,83 @@
+"""`mclip`: one verb a stage. Nothing heavy is imported until a verb is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("distill.demo:main", "everything below on the sample data, from pictures to a report"),
+    "sample": ("distill.sample:main", "fetch and draw a sample data set (emoji, stamps)"),
+    "reinforce": ("distill.reinforce:main", "store what teachers know about a pairs folder"),
+    "train": ("distill.train:main", "train a student from pairs and a store"),
+    "eval": ("distill.evaluate:main", "retrieval and zero-shot figures of a checkpoint or bundle"),
+    "compress": ("export.compress:main", "prune a checkpoint and recover it from the store"),
+    "export": ("export.bundle:main", "convert a checkpoint to a proven bundle"),
+    "verify": ("runtime.shell:verify", "run a bundle's parity gate on this machine"),
+    "inspect": ("runtime.shell:inspect", "say what a folder or file is, and check its hashes"),
+    "models": ("mobileclip.models:main", "list the model presets"),
+    "embed": ("runtime.shell:embed", "embeddings of pictures and texts"),
+    "classify": ("runtime.shell:classify", "probabilities of labels for a picture"),
+    "search": ("runtime.shell:search", "find pictures by text"),
+    "bench": ("benchmarks.latency:main", "measure a bundle on this device"),
+    "report": ("benchmarks.report:main", "turn results into one HTML page"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns 0 done, 1 refused or failed check, 2 wrong use, 130 interrupted and resumable."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from mobileclip import __version__
+
+        sys.stdout.write(f"mclip {__version__}\n")
+        return 0
+    if argv[0] not in VERBS:
+        sys.stderr.write(f"error: unknown verb '{argv[0]}'; known verbs are {', '.join(VERBS)}\n")
+        return 2
+    # Two OpenMP runtimes that spin on two cores slow each other down by an order of magnitude; must be set before torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=os.environ.get("MCLIP_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s")
+    return run_verb(argv[0], argv[1:])
+
+
+def run_verb(verb: str, argv: list[str]) -> int:
+    from runtime.errors import ClipError, MissingExtraError
+
+    module, function = VERBS[verb][0].split(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)(argv))
+    except ClipError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("distill", "export", "mobileclip", "runtime", "benchmarks"):
+            raise
+        missing = MissingExtraError(str(error.name), EXTRAS.get(verb, "all"), f"mclip {verb}")
+        sys.stderr.write(f"error: {missing}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+EXTRAS = {"sample": "sample", "reinforce": "train", "train": "train", "eval": "train", "compress": "export", "export": "export", "bench": "bench", "report": "bench", "demo": "all"}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb.ljust(width)}  {text}" for verb, (_, text) in VERBS.items()]
+    return "usage: mclip VERB ...\n\n" + "\n".join(lines) + "\n\nmclip VERB --help tells more.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
