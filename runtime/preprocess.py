@@ -1,0 +1,198 @@
+"""Pictures to model input: the one implementation that training, export and the device share (PIL + numpy).
+
+Equal to torchvision's `Resize(shortest side)`, `CenterCrop`, `ToTensor`, `Normalize` on PIL images, and to timm's
+evaluation transform where `crop_pct` is below 1. Decisions:
+
+* Pictures become RGB before they are resized. Transparency is composed on white; 16-bit grey keeps its upper 8 bits.
+* EXIF orientation is ignored, as open_clip does: a picture that a camera stored lying on its side stays so. Callers
+  who want it upright apply `PIL.ImageOps.exif_transpose` first.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import numpy as np
+
+from runtime.errors import CheckpointError, ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+# A resized picture may have this many pixels before its crop: more comes only from absurd aspect ratios.
+MAX_RESIZED_PIXELS = 64 * 1024 * 1024
+
+ImageSource: TypeAlias = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessConfig:
+    """How a picture becomes input.
+
+    Attributes:
+        image_size: height and width of the input, pixels.
+        mean, std: per RGB channel, on the scale 0 to 1.
+        interpolation: "bilinear" or "bicubic", both antialiased as PIL does it.
+        crop_pct: the shortest side is resized to `floor(image_size / crop_pct)` before the central crop.
+
+    Raises:
+        CheckpointError: a value that makes no sense.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
+        object.__setattr__(self, "std", tuple(float(v) for v in self.std))
+        if self.image_size < 1:
+            raise CheckpointError(f"image_size is {self.image_size}, expected at least 1")
+        if (
+            len(self.mean) != 3
+            or len(self.std) != 3
+            or not all(map(math.isfinite, (*self.mean, *self.std)))
+            or min(self.std) <= 0
+        ):
+            raise CheckpointError(f"mean {self.mean} and std {self.std} must be three finite numbers each, std above 0")
+        if self.interpolation not in INTERPOLATIONS:
+            raise CheckpointError(
+                f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}"
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise CheckpointError(f"crop_pct is {self.crop_pct}, expected above 0 and at most 1")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as 8-bit RGB: alpha composed on white, 16-bit grey by its upper byte, palettes resolved."""
+    from PIL import Image
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit grey; mode I is what Pillow makes of some 16-bit files. Pillow's own conversion would clip at 255.
+        values = np.asarray(image).astype(np.int64)
+        wide = image.mode != "I" or int(values.max(initial=0)) > 255
+        return Image.fromarray(np.clip(values >> 8 if wide else values, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        canvas.alpha_composite(image)
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def load_image(source: ImageSource | bytes) -> Image.Image:
+    """A path, encoded bytes, PIL picture or uint8 array as an RGB picture.
+
+    Args:
+        source: arrays are (H, W, 3), (H, W, 4) or (H, W), uint8.
+
+    Raises:
+        ImageError: missing, not a picture, cut short, too large to be meant, or an array of another kind.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        try:
+            return to_rgb(source)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ImageError(f"a picture does not decode ({error}); give a complete one") from error
+    if isinstance(source, np.ndarray):
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or (source.ndim == 3 and source.shape[2] not in (3, 4))
+            or 0 in source.shape
+        ):
+            raise ImageError(
+                f"an array is {source.dtype} {source.shape}; expected uint8 (height, width, 3), 0 to 255, RGB"
+            )
+        return to_rgb(Image.fromarray(np.ascontiguousarray(source)))
+    name = "the picture" if isinstance(source, bytes) else os.fspath(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ImageError(f"{name}: there is no such picture; check the path")
+    try:
+        with warnings.catch_warnings():
+            # Beyond Pillow's limit on pixels it warns, at twice the limit it raises: for us both are refusals.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                image.load()
+                return to_rgb(image)
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise ImageError(f"{name}: does not decode as a picture ({error}); replace or remove it") from error
+
+
+def resize_and_crop(image: Image.Image, config: PreprocessConfig) -> Image.Image:
+    """Shortest side to `image_size / crop_pct`, then the central square; RGB in, RGB (image_size, image_size) out."""
+    from PIL import Image
+
+    target = math.floor(config.image_size / config.crop_pct)
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    long_target = int(target * long / short)
+    if target * long_target > MAX_RESIZED_PIXELS:
+        raise ImageError(
+            f"a picture of {width} x {height} pixels would become {target} x {long_target} when its short side is resized; crop it first"
+        )
+    size = (target, long_target) if width <= height else (long_target, target)
+    if image.size != size:
+        filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+        image = image.resize(size, filters[config.interpolation])
+    left = round((size[0] - config.image_size) / 2.0)
+    top = round((size[1] - config.image_size) / 2.0)
+    return image.crop((left, top, left + config.image_size, top + config.image_size))
+
+
+def normalise(pixels: np.ndarray, config: PreprocessConfig) -> np.ndarray:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W): `(x / 255 - mean) / std`, every step in float32 as torchvision."""
+    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    planes /= np.float32(255)
+    if any(config.mean):
+        planes -= np.array(config.mean, np.float32)[:, None, None]
+    if config.std != (1.0, 1.0, 1.0):
+        planes /= np.array(config.std, np.float32)[:, None, None]
+    return planes
+
+
+def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessConfig) -> np.ndarray:
+    """Pictures -> float32 (B, 3, image_size, image_size), ready for the image tower.
+
+    Args:
+        images: a list of paths, PIL pictures or uint8 (H, W, 3) arrays, or one of them. An empty list gives B = 0.
+
+    Raises:
+        ImageError: one of them does not decode; the message names it.
+    """
+    size = config.image_size
+    sources = as_list(images)
+    pixels = np.empty((len(sources), size, size, 3), np.uint8)
+    for n, source in enumerate(sources):
+        pixels[n] = np.asarray(resize_and_crop(load_image(source), config))
+    return normalise(pixels, config)
+
+
+def as_list(images: Any) -> list[Any]:
+    """One picture or many as a list; a uint8 array of four dimensions counts as many."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "resize"):
+        return [images]
+    return list(images)
