@@ -1,0 +1,251 @@
+"""Stored, replayable augmentation: RandomResizedCrop, optional flip and two RandAugment operations in sixteen bytes.
+
+The parameters do not know a resolution: the crop box is held in fractions of the source, translations in fractions of the view, so
+the same bytes give the same view at 64 px for the student and at 128 px for the teacher. Little-endian layout of version 1:
+
+    byte 0      version (1)
+    byte 1      flags; bit 0: mirrored left to right; the other bits are 0
+    bytes 2-9   crop top, left, height, width: u16, in 1/65535 of the source's height, width, height, width
+    byte 10     operation A (index into OPERATIONS);  bytes 11-12  its magnitude, i16
+    byte 13     operation B;                          bytes 14-15  its magnitude, i16
+
+A magnitude is i16/32767 of the operation's full scale (FULL_SCALE), for Posterize the bits kept, for Solarize the threshold. Full
+scales belong to the version: the bytes alone decide the pixels, no spec is needed to replay them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from runtime.errors import RecipeError, StoreError
+
+VERSION = 1
+PACKED_BYTES = 16
+_LAYOUT = struct.Struct("<BBHHHHBhBh")
+_UNIT = 65535
+_FULL = 32767
+FILL = (127, 127, 127)
+"""What a shear, translation or rotation uncovers."""
+
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness", "Posterize",
+    "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+"""The fourteen operations in DataCompDR's order; an index here is what is stored."""
+
+FULL_SCALE = {
+    "ShearX": 1.0, "ShearY": 1.0, "TranslateX": 1.0, "TranslateY": 1.0, "Rotate": 180.0, "Brightness": 1.0, "Color": 1.0, "Contrast": 1.0,
+    "Sharpness": 1.0,
+}  # fmt: skip
+"""What i16 32767 means: shear as a tangent, translation as a fraction of the view, rotation in degrees, enhancement as factor - 1."""
+
+
+def _gentle_weights() -> tuple[float, ...]:
+    # Drawings are told apart by colour: what replaces hues (Posterize, Solarize, Equalize) is drawn ten times more rarely.
+    rare = {"Posterize": 0.2, "Solarize": 0.1, "Equalize": 0.1, "AutoContrast": 0.5}
+    return tuple(rare.get(name, 1.0) for name in OPERATIONS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentSpec:
+    """How parameters are drawn. The defaults are gentle (drawings on plain ground); `photographs()` is DataCompDR's strength.
+
+    scale: share of the area that the crop keeps; ratio: its aspect; operations: RandAugment operations a view, 0 to 2; weights: one
+    relative frequency per operation of OPERATIONS; the other fields are the largest magnitude of each operation.
+    """
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    operations: int = 2
+    flip: float = 0.0
+    weights: tuple[float, ...] = field(default_factory=_gentle_weights)
+    shear: float = 0.2
+    translate: float = 0.12
+    rotate: float = 20.0
+    brightness: float = 0.4
+    color: float = 0.4
+    contrast: float = 0.4
+    sharpness: float = 0.9
+    posterize_bits: int = 4
+    solarize_threshold: int = 160
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise RecipeError(f"augmentation scale {self.scale} is not usable; expected 0 < smallest <= largest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise RecipeError(f"augmentation ratio {self.ratio} is not usable; expected 0 < smallest <= largest")
+        if len(self.weights) != len(OPERATIONS) or min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise RecipeError(f"augmentation weights need {len(OPERATIONS)} numbers >= 0 with a positive sum, found {self.weights}")
+        if not 0 <= self.operations <= 2 or not 0 <= self.flip <= 1:
+            raise RecipeError(f"augmentation takes 0 to 2 operations and a flip probability, found {self.operations} and {self.flip}")
+        if not 1 <= self.posterize_bits <= 8 or not 0 <= self.solarize_threshold <= 256:
+            raise RecipeError(f"posterize_bits must be 1 to 8 and solarize_threshold 0 to 256, found {self.posterize_bits}, {self.solarize_threshold}")
+        limits = {"shear": 1, "translate": 1, "rotate": 180, "brightness": 1, "color": 1, "contrast": 1, "sharpness": 1}
+        for name, limit in limits.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise RecipeError(f"augmentation {name} must lie in 0..{limit}, found {getattr(self, name)}")
+
+
+def photographs() -> AugmentSpec:
+    """DataCompDR's strength: crops down to 8 % of the area, all fourteen operations alike."""
+    return AugmentSpec(
+        scale=(0.08, 1.0), weights=(1.0,) * len(OPERATIONS), shear=0.3, translate=0.45, rotate=30.0, brightness=0.9, color=0.9, contrast=0.9,
+        sharpness=0.9, posterize_bits=4, solarize_threshold=0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """One view, as integers, exactly what the sixteen bytes hold. Box in 1/65535; operations as (index, i16 magnitude)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    first: tuple[int, int]
+    second: tuple[int, int]
+
+
+def pack(parameters: Parameters) -> bytes:
+    """Parameters -> 16 bytes. Raises StoreError when a field is out of range."""
+    _check(parameters)
+    p = parameters
+    return _LAYOUT.pack(VERSION, int(p.flip), p.top, p.left, p.height, p.width, *p.first, *p.second)
+
+
+def unpack(packed: bytes | bytearray | memoryview | np.ndarray) -> Parameters:
+    """16 bytes (or a uint8 array of 16) -> Parameters. Raises StoreError for another version, length or an impossible field."""
+    packed = packed.tobytes() if isinstance(packed, np.ndarray) else bytes(packed)
+    if len(packed) != PACKED_BYTES:
+        raise StoreError(f"augmentation parameters have {len(packed)} bytes, expected {PACKED_BYTES}; the store is damaged, reinforce again")
+    version, flags, top, left, height, width, op_a, value_a, op_b, value_b = _LAYOUT.unpack(packed)
+    if version != VERSION or flags > 1:
+        raise StoreError(f"augmentation parameters of version {version}, flags {flags}; this release replays version {VERSION}: update it or reinforce again")
+    parameters = Parameters(
+        top=top, left=left, height=height, width=width, flip=bool(flags), first=(op_a, value_a), second=(op_b, value_b)
+    )
+    _check(parameters)
+    return parameters
+
+
+def _check(p: Parameters) -> None:
+    box_ok = p.height > 0 and p.width > 0 and 0 <= p.top <= _UNIT - p.height and 0 <= p.left <= _UNIT - p.width
+    if not box_ok:
+        raise StoreError(f"augmentation crop (top {p.top}, left {p.left}, height {p.height}, width {p.width}) leaves the picture (0..{_UNIT})")
+    for index, value in (p.first, p.second):
+        if not 0 <= index < len(OPERATIONS):
+            raise StoreError(f"augmentation operation {index} is unknown; expected 0..{len(OPERATIONS) - 1}")
+        low, high = {"Posterize": (1, 8), "Solarize": (0, 256)}.get(OPERATIONS[index], (-_FULL, _FULL))
+        if not low <= value <= high:
+            raise StoreError(f"augmentation magnitude {value} of {OPERATIONS[index]} lies outside {low}..{high}")
+
+
+def sample_parameters(rng: np.random.Generator, spec: AugmentSpec, size: tuple[int, int]) -> bytes:
+    """Draw one view of a picture of `size` (height, width) pixels. Returns the 16 packed bytes; advances `rng`."""
+    top, left, height, width = _sample_crop(rng, spec, size)
+    flip = bool(rng.random() < spec.flip)
+    weights = np.asarray(spec.weights, np.float64)
+    chosen = np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(2), side="right").clip(0, len(OPERATIONS) - 1)
+    pairs = [_sample_magnitude(rng, spec, int(index) if position < spec.operations else 0) for position, index in enumerate(chosen)]
+    return pack(Parameters(top=top, left=left, height=height, width=width, flip=flip, first=pairs[0], second=pairs[1]))
+
+
+def _sample_crop(rng: np.random.Generator, spec: AugmentSpec, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    source_height, source_width = size
+    area, log_ratio = source_height * source_width, (math.log(spec.ratio[0]), math.log(spec.ratio[1]))
+    for _ in range(10):
+        target = area * rng.uniform(*spec.scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        width, height = math.sqrt(target * aspect), math.sqrt(target / aspect)
+        if width <= source_width and height <= source_height:
+            top, left = rng.uniform(0, source_height - height), rng.uniform(0, source_width - width)
+            break
+    else:  # the picture is too narrow for any of them: the largest central crop within the aspect bounds
+        aspect = min(max(source_width / source_height, spec.ratio[0]), spec.ratio[1])
+        width, height = min(source_width, source_height * aspect), min(source_height, source_width / aspect)
+        top, left = (source_height - height) / 2, (source_width - width) / 2
+    height_units, width_units = (max(1, round(v * _UNIT)) for v in (height / source_height, width / source_width))
+    return (
+        min(round(top / source_height * _UNIT), _UNIT - height_units), min(round(left / source_width * _UNIT), _UNIT - width_units),
+        height_units, width_units,
+    )  # fmt: skip
+
+
+def _sample_magnitude(rng: np.random.Generator, spec: AugmentSpec, index: int) -> tuple[int, int]:
+    name, share = OPERATIONS[index], float(rng.uniform(-1, 1))  # always one draw, so that a view uses a fixed number of them
+    if name in ("Identity", "AutoContrast", "Equalize"):
+        return index, 0
+    if name == "Posterize":
+        return index, 8 - round(abs(share) * (8 - spec.posterize_bits))
+    if name == "Solarize":
+        return index, 256 - round(abs(share) * (256 - spec.solarize_threshold))
+    largest = {
+        "ShearX": spec.shear, "ShearY": spec.shear, "TranslateX": spec.translate, "TranslateY": spec.translate, "Rotate": spec.rotate,
+        "Brightness": spec.brightness, "Color": spec.color, "Contrast": spec.contrast, "Sharpness": spec.sharpness,
+    }[name]  # fmt: skip
+    return index, round(share * largest / FULL_SCALE[name] * _FULL)
+
+
+def describe(packed: bytes | np.ndarray) -> dict[str, Any]:
+    """The view in words and units: crop fractions, flip, and per operation its name and magnitude."""
+    p = unpack(packed)
+    operations = [
+        {"name": OPERATIONS[index], "magnitude": value * FULL_SCALE[OPERATIONS[index]] / _FULL if OPERATIONS[index] in FULL_SCALE else value}
+        for index, value in (p.first, p.second)
+    ]
+    crop = {"top": p.top / _UNIT, "left": p.left / _UNIT, "height": p.height / _UNIT, "width": p.width / _UNIT}
+    return {"version": VERSION, "crop": crop, "flip": p.flip, "operations": operations}
+
+
+def apply(image: Image.Image, packed: bytes | np.ndarray, size: int) -> Image.Image:
+    """The view that the bytes stand for. image: RGB of any size; returns RGB (size, size). A pure function: equal inputs, equal pixels."""
+    p = unpack(packed)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    left, top = p.left / _UNIT * image.width, p.top / _UNIT * image.height
+    box = (left, top, min(left + p.width / _UNIT * image.width, image.width), min(top + p.height / _UNIT * image.height, image.height))
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if p.flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for index, value in (p.first, p.second):
+        name = OPERATIONS[index]
+        if name != "Identity":
+            view = apply_operation(view, name, value * FULL_SCALE[name] / _FULL if name in FULL_SCALE else value)
+    return view
+
+
+def apply_operation(view: Image.Image, name: str, magnitude: float) -> Image.Image:
+    """One operation of OPERATIONS on an RGB view, its magnitude in the units of FULL_SCALE (Posterize: bits, Solarize: threshold)."""
+    return _APPLY[name](view, magnitude)
+
+
+def _affine(view: Image.Image, matrix: tuple[float, float, float, float, float, float]) -> Image.Image:
+    return view.transform(view.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=FILL)
+
+
+_APPLY: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Identity": lambda view, m: view,
+    # shears turn about the centre, so that their translation part scales with the view
+    "ShearX": lambda view, m: _affine(view, (1, m, -m * view.height / 2, 0, 1, 0)),
+    "ShearY": lambda view, m: _affine(view, (1, 0, 0, m, 1, -m * view.width / 2)),
+    "TranslateX": lambda view, m: _affine(view, (1, 0, -m * view.width, 0, 1, 0)),
+    "TranslateY": lambda view, m: _affine(view, (1, 0, 0, 0, 1, -m * view.height)),
+    "Rotate": lambda view, m: view.rotate(m, Image.Resampling.BILINEAR, fillcolor=FILL),
+    "Brightness": lambda view, m: ImageEnhance.Brightness(view).enhance(1 + m),
+    "Color": lambda view, m: ImageEnhance.Color(view).enhance(1 + m),
+    "Contrast": lambda view, m: ImageEnhance.Contrast(view).enhance(1 + m),
+    "Sharpness": lambda view, m: ImageEnhance.Sharpness(view).enhance(1 + m),
+    "Posterize": lambda view, m: ImageOps.posterize(view, int(m)),
+    "Solarize": lambda view, m: ImageOps.solarize(view, int(m)),
+    "AutoContrast": lambda view, m: ImageOps.autocontrast(view),
+    "Equalize": lambda view, m: ImageOps.equalize(view),
+}

@@ -1,0 +1,168 @@
+"""Augmentation parameters: sixteen bytes, exact replay, the same view at every size, operations equal to torchvision's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from distill import augment
+from distill.augment import OPERATIONS, AugmentSpec, Parameters
+from runtime.errors import RecipeError, StoreError
+
+
+def smooth_picture(size: int) -> Image.Image:
+    """A drawing with no detail near the pixel scale, so that sizes can be compared."""
+    image = Image.new("RGB", (512, 512), (200, 210, 230))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((90, 120, 420, 400), fill=(240, 180, 40))
+    draw.rectangle((200, 60, 330, 260), fill=(180, 30, 60))
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def noisy_picture(width: int = 97, height: int = 61) -> Image.Image:
+    rng = np.random.default_rng(3)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def magnitudes(index: int) -> st.SearchStrategy[int]:
+    bounds = {"Posterize": (1, 8), "Solarize": (0, 256)}.get(OPERATIONS[index], (-32767, 32767))
+    return st.integers(*bounds)
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> Parameters:
+    height, width = draw(st.integers(1, 65535)), draw(st.integers(1, 65535))
+    ops = [(index, draw(magnitudes(index))) for index in (draw(st.integers(0, 13)), draw(st.integers(0, 13)))]
+    return Parameters(
+        top=draw(st.integers(0, 65535 - height)), left=draw(st.integers(0, 65535 - width)), height=height, width=width, flip=draw(st.booleans()),
+        first=ops[0], second=ops[1],
+    )  # fmt: skip
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(parameters())
+def test_pack_and_unpack_are_inverse(value: Parameters) -> None:
+    packed = augment.pack(value)
+    assert len(packed) == 16
+    assert augment.unpack(packed) == value
+    assert augment.unpack(np.frombuffer(packed, np.uint8)) == value
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(parameters(), st.sampled_from([1, 7, 64]))
+def test_every_storable_view_can_be_drawn_and_repeats_exactly(value: Parameters, size: int) -> None:
+    image, packed = noisy_picture(), augment.pack(value)
+    first, again = augment.apply(image, packed, size), augment.apply(image.copy(), bytes(packed), size)
+    assert first.size == (size, size) and first.mode == "RGB"
+    assert np.array_equal(np.asarray(first), np.asarray(again))
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([(128, 128), (1, 500), (500, 1), (33, 97)]))
+def test_sampling_depends_on_the_generator_only_and_stays_inside(seed: int, size: tuple[int, int]) -> None:
+    spec = augment.photographs()
+    packed = augment.sample_parameters(np.random.default_rng(seed), spec, size)
+    assert packed == augment.sample_parameters(np.random.default_rng(seed), spec, size)
+    crop = augment.describe(packed)["crop"]
+    assert 0 <= crop["top"] and crop["top"] + crop["height"] <= 1 and 0 <= crop["left"] and crop["left"] + crop["width"] <= 1
+
+
+def test_sampling_obeys_the_spec() -> None:
+    spec = AugmentSpec(scale=(0.5, 0.6), ratio=(1.0, 1.0), flip=0.5, weights=tuple(float(name in ("Rotate", "Posterize")) for name in OPERATIONS))
+    rng = np.random.default_rng(0)
+    drawn = [augment.describe(augment.sample_parameters(rng, spec, (128, 128))) for _ in range(300)]
+    areas = [view["crop"]["height"] * view["crop"]["width"] for view in drawn]
+    assert min(areas) > 0.499 and max(areas) < 0.601
+    assert 100 < sum(view["flip"] for view in drawn) < 200
+    names = {operation["name"] for view in drawn for operation in view["operations"]}
+    assert names == {"Rotate", "Posterize"}
+    angles = [operation["magnitude"] for view in drawn for operation in view["operations"] if operation["name"] == "Rotate"]
+    assert -20.01 <= min(angles) < -15 and 15 < max(angles) <= 20.01
+    assert {operation["magnitude"] for view in drawn for operation in view["operations"] if operation["name"] == "Posterize"} == {4, 5, 6, 7, 8}
+
+
+def test_fewer_operations_leave_identity() -> None:
+    packed = augment.sample_parameters(np.random.default_rng(1), AugmentSpec(operations=0), (64, 64))
+    assert [operation["name"] for operation in augment.describe(packed)["operations"]] == ["Identity", "Identity"]
+
+
+def test_the_same_bytes_give_the_same_view_at_every_size() -> None:
+    rng, large, small = np.random.default_rng(5), smooth_picture(256), smooth_picture(128)
+    # Left out: Sharpness reaches one pixel at any size, Equalize and Posterize turn a difference of one grey level into many.
+    weights = tuple(float(name not in ("Sharpness", "Equalize", "Posterize")) for name in OPERATIONS)
+    spec = AugmentSpec(flip=0.5, weights=weights, rotate=45, shear=0.3, translate=0.4)
+    for _ in range(60):
+        packed = augment.sample_parameters(rng, spec, (256, 256))
+        reduced = augment.apply(large, packed, 128).resize((64, 64), Image.Resampling.BOX)
+        direct = augment.apply(small, packed, 64)
+        difference = np.abs(np.asarray(reduced, np.float32) - np.asarray(direct, np.float32)).mean()
+        assert difference < 4, (difference, augment.describe(packed))
+
+
+def test_another_view_is_another_picture() -> None:
+    rng, image = np.random.default_rng(6), smooth_picture(128)
+    views = [np.asarray(augment.apply(image, augment.sample_parameters(rng, AugmentSpec(), (128, 128)), 64), np.float32) for _ in range(8)]
+    assert all(np.abs(a - b).mean() > 2 for i, a in enumerate(views) for b in views[:i])
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitude", "reference"),
+    [
+        ("Brightness", 0.4, lambda v: F.adjust_brightness(v, 1.4)),
+        ("Color", -0.6, lambda v: F.adjust_saturation(v, 0.4)),
+        ("Contrast", 0.3, lambda v: F.adjust_contrast(v, 1.3)),
+        ("Sharpness", 0.7, lambda v: F.adjust_sharpness(v, 1.7)),
+        ("Posterize", 3, lambda v: F.posterize(v, 3)),
+        ("Solarize", 100, lambda v: F.solarize(v, 100)),
+        ("AutoContrast", 0, F.autocontrast),
+        ("Equalize", 0, F.equalize),
+        ("Rotate", 17.0, lambda v: F.rotate(v, 17.0, InterpolationMode.BILINEAR, fill=augment.FILL)),
+        ("TranslateX", 0.25, lambda v: F.affine(v, 0, [16, 0], 1.0, [0.0, 0.0], InterpolationMode.BILINEAR, fill=augment.FILL)),
+        ("TranslateY", -0.25, lambda v: F.affine(v, 0, [0, -16], 1.0, [0.0, 0.0], InterpolationMode.BILINEAR, fill=augment.FILL)),
+        ("ShearX", 0.3, lambda v: F.affine(v, 0, [0, 0], 1.0, [math.degrees(math.atan(0.3)), 0.0], InterpolationMode.BILINEAR, fill=augment.FILL)),
+        ("ShearY", 0.3, lambda v: F.affine(v, 0, [0, 0], 1.0, [0.0, math.degrees(math.atan(0.3))], InterpolationMode.BILINEAR, fill=augment.FILL)),
+    ],
+)
+def test_operations_equal_torchvision(name: str, magnitude: float, reference) -> None:
+    view = noisy_picture(64, 64)
+    ours, theirs = np.asarray(augment.apply_operation(view, name, magnitude), np.int16), np.asarray(reference(view), np.int16)
+    # geometry may round a coordinate the other way; the rest must be equal to the bit
+    tolerance = 1 if name.startswith(("Rotate", "Shear", "Translate")) else 0
+    assert np.abs(ours - theirs).max() <= tolerance
+    assert not np.array_equal(ours, np.asarray(view)) or name in ("AutoContrast",)
+
+
+def test_whole_crop_without_operations_is_a_resize() -> None:
+    image = noisy_picture()
+    packed = augment.pack(Parameters(top=0, left=0, height=65535, width=65535, flip=False, first=(0, 0), second=(0, 0)))
+    assert np.array_equal(np.asarray(augment.apply(image, packed, 40)), np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:15], "15 bytes"),
+        (lambda b: b"\x02" + b[1:], "version 2"),
+        (lambda b: b[:1] + b"\x80" + b[2:], "flags 128"),
+        (lambda b: b[:10] + b"\x0e" + b[11:], "operation 14"),
+        (lambda b: b[:2] + b"\xff\xff" + b[4:], "leaves the picture"),
+        (lambda b: b[:10] + b"\x0a\x00\x00" + b[13:], "Posterize"),
+    ],
+)
+def test_damaged_bytes_are_refused(damage, message: str) -> None:
+    good = augment.sample_parameters(np.random.default_rng(0), AugmentSpec(operations=0, scale=(0.4, 0.5)), (64, 64))
+    with pytest.raises(StoreError, match=message):
+        augment.apply(noisy_picture(), damage(good), 32)
+
+
+@pytest.mark.parametrize("bad", [{"scale": (0.0, 1.0)}, {"weights": (1.0,)}, {"operations": 3}, {"rotate": 200.0}, {"ratio": (2.0, 1.0)}, {"posterize_bits": 0}])
+def test_impossible_specs_are_refused(bad: dict) -> None:
+    with pytest.raises(RecipeError):
+        AugmentSpec(**bad)
