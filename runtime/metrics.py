@@ -13,9 +13,7 @@ TIE = 1e-6
 _CHUNK = 512
 
 
-def ranks(
-    query: np.ndarray, gallery: np.ndarray, targets: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
-) -> np.ndarray:
+def ranks(query: np.ndarray, gallery: np.ndarray, targets: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
     """Rank of the best right gallery item of every query; 1 is first.
 
     Cosine similarity; neither side needs unit norm. Ties are counted pessimistically: wrong items that score the same
@@ -84,9 +82,7 @@ def recall_at_k(ranks: np.ndarray, k: int) -> float:
     return float((ranks <= k).mean())
 
 
-def bootstrap_interval(
-    values: np.ndarray, level: float = 0.95, seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, level: float = 0.95, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
     """Percentile interval of the mean over resampled queries.
 
     Args:
@@ -130,9 +126,7 @@ class PairedResult(NamedTuple):
     p: float
 
 
-def paired_recall_test(
-    ranks_a: np.ndarray, ranks_b: np.ndarray, k: int, seed: int = 0, level: float = 0.95
-) -> PairedResult:
+def paired_recall_test(ranks_a: np.ndarray, ranks_b: np.ndarray, k: int, seed: int = 0, level: float = 0.95) -> PairedResult:
     """Is recall@k of a different from that of b, on the same queries?
 
     The interval is the paired bootstrap of the difference; p is the exact two-sided McNemar test on the queries that
@@ -154,14 +148,10 @@ def paired_recall_test(
     """
     ranks_a, ranks_b = np.asarray(ranks_a), np.asarray(ranks_b)
     if ranks_a.shape != ranks_b.shape or ranks_a.ndim != 1 or not ranks_a.size:
-        raise ValueError(
-            f"ranks have shapes {ranks_a.shape} and {ranks_b.shape}, expected the same queries, at least one"
-        )
+        raise ValueError(f"ranks have shapes {ranks_a.shape} and {ranks_b.shape}, expected the same queries, at least one")
     difference = (ranks_a <= k).astype(np.float64) - (ranks_b <= k)
     interval = bootstrap_interval(difference, level, seed)
-    return PairedResult(
-        float(difference.mean()), interval, mcnemar_p(int((difference > 0).sum()), int((difference < 0).sum()))
-    )
+    return PairedResult(float(difference.mean()), interval, mcnemar_p(int((difference > 0).sum()), int((difference < 0).sum())))
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
@@ -174,8 +164,5 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     if n <= 1000:
         tail = sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n
     else:
-        tail = sum(
-            math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
-            for i in range(fewer + 1)
-        )
+        tail = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)) for i in range(fewer + 1))
     return min(1.0, 2 * tail)

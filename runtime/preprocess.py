@@ -4,8 +4,9 @@ Equal to torchvision's `Resize(shortest side)`, `CenterCrop`, `ToTensor`, `Norma
 evaluation transform where `crop_pct` is below 1. Decisions:
 
 * Pictures become RGB before they are resized. Transparency is composed on white; 16-bit grey keeps its upper 8 bits.
-* EXIF orientation is ignored, as open_clip does: a picture that a camera stored lying on its side stays so. Callers
-  who want it upright apply `PIL.ImageOps.exif_transpose` first.
+* A file (path or encoded bytes) is turned upright by its EXIF orientation, as the pairs reader does, so that a phone's
+  photograph looks the same in training and on the device. A PIL picture is taken as it is, as open_clip takes it: who
+  opens files himself and wants them upright applies `PIL.ImageOps.exif_transpose`.
 """
 
 from __future__ import annotations
@@ -58,17 +59,10 @@ class PreprocessConfig:
         object.__setattr__(self, "std", tuple(float(v) for v in self.std))
         if self.image_size < 1:
             raise CheckpointError(f"image_size is {self.image_size}, expected at least 1")
-        if (
-            len(self.mean) != 3
-            or len(self.std) != 3
-            or not all(map(math.isfinite, (*self.mean, *self.std)))
-            or min(self.std) <= 0
-        ):
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise CheckpointError(f"mean {self.mean} and std {self.std} must be three finite numbers each, std above 0")
         if self.interpolation not in INTERPOLATIONS:
-            raise CheckpointError(
-                f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}"
-            )
+            raise CheckpointError(f"unknown interpolation {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
         if not 0 < self.crop_pct <= 1:
             raise CheckpointError(f"crop_pct is {self.crop_pct}, expected above 0 and at most 1")
 
@@ -80,10 +74,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        # 16-bit grey; mode I is what Pillow makes of some 16-bit files. Pillow's own conversion would clip at 255.
+        # 16-bit grey, whichever way Pillow holds it; its own conversion would clip at 255.
         values = np.asarray(image).astype(np.int64)
-        wide = image.mode != "I" or int(values.max(initial=0)) > 255
-        return Image.fromarray(np.clip(values >> 8 if wide else values, 0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -101,7 +94,7 @@ def load_image(source: ImageSource | bytes) -> Image.Image:
     Raises:
         ImageError: missing, not a picture, cut short, too large to be meant, or an array of another kind.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(source, Image.Image):
         try:
@@ -109,15 +102,8 @@ def load_image(source: ImageSource | bytes) -> Image.Image:
         except (OSError, ValueError, SyntaxError) as error:
             raise ImageError(f"a picture does not decode ({error}); give a complete one") from error
     if isinstance(source, np.ndarray):
-        if (
-            source.dtype != np.uint8
-            or source.ndim not in (2, 3)
-            or (source.ndim == 3 and source.shape[2] not in (3, 4))
-            or 0 in source.shape
-        ):
-            raise ImageError(
-                f"an array is {source.dtype} {source.shape}; expected uint8 (height, width, 3), 0 to 255, RGB"
-            )
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)) or 0 in source.shape:
+            raise ImageError(f"an array is {source.dtype} {source.shape}; expected uint8 (height, width, 3), 0 to 255, RGB")
         return to_rgb(Image.fromarray(np.ascontiguousarray(source)))
     name = "the picture" if isinstance(source, bytes) else os.fspath(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
@@ -128,7 +114,7 @@ def load_image(source: ImageSource | bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 image.load()
-                return to_rgb(image)
+                return to_rgb(ImageOps.exif_transpose(image))
     except (
         OSError,
         ValueError,
@@ -149,9 +135,7 @@ def resize_and_crop(image: Image.Image, config: PreprocessConfig) -> Image.Image
     short, long = min(width, height), max(width, height)
     long_target = int(target * long / short)
     if target * long_target > MAX_RESIZED_PIXELS:
-        raise ImageError(
-            f"a picture of {width} x {height} pixels would become {target} x {long_target} when its short side is resized; crop it first"
-        )
+        raise ImageError(f"a picture of {width} x {height} pixels would become {target} x {long_target} when its short side is resized; crop it first")
     size = (target, long_target) if width <= height else (long_target, target)
     if image.size != size:
         filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -52,9 +52,7 @@ def byte_alphabet() -> dict[int, str]:
     return alphabet
 
 
-def build_clip_tokenizer(
-    merges_path: str | Path, vocab_size: int = CLIP_VOCAB_SIZE, out: str | Path = "tokenizer.json"
-) -> Path:
+def build_clip_tokenizer(merges_path: str | Path, vocab_size: int = CLIP_VOCAB_SIZE, out: str | Path = "tokenizer.json") -> Path:
     """Write CLIP's byte-pair tokenizer as a `tokenizer.json`.
 
     Args:
@@ -74,9 +72,7 @@ def build_clip_tokenizer(
     from tokenizers import Tokenizer as RustTokenizer
 
     if not 514 <= vocab_size <= CLIP_VOCAB_SIZE:
-        raise CheckpointError(
-            f"vocab_size is {vocab_size}; a CLIP vocabulary has 514 (bytes only) to {CLIP_VOCAB_SIZE} entries"
-        )
+        raise CheckpointError(f"vocab_size is {vocab_size}; a CLIP vocabulary has 514 (bytes only) to {CLIP_VOCAB_SIZE} entries")
     pairs = _read_merges(Path(merges_path))[: vocab_size - 514]
     tokens = list(byte_alphabet().values())
     tokens += [token + "</w>" for token in tokens]
@@ -84,27 +80,19 @@ def build_clip_tokenizer(
     tokens += [SOT, EOT]
     vocab = {token: n for n, token in enumerate(tokens)}
     if len(vocab) != vocab_size:
-        raise CheckpointError(
-            f"{merges_path}: its first {len(pairs)} merges give {len(vocab)} distinct tokens, expected {vocab_size}; is it CLIP's file?"
-        )
+        raise CheckpointError(f"{merges_path}: its first {len(pairs)} merges give {len(vocab)} distinct tokens, expected {vocab_size}; is it CLIP's file?")
     merges = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
     tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=EOT))
-    tokenizer.add_special_tokens(
-        [AddedToken(SOT, special=True, normalized=False), AddedToken(EOT, special=True, normalized=False)]
-    )
+    tokenizer.add_special_tokens([AddedToken(SOT, special=True, normalized=False), AddedToken(EOT, special=True, normalized=False)])
     # For readers in other languages; this module cleans in Python and switches the normaliser off.
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SOT} $A {EOT}", special_tokens=[(SOT, vocab[SOT]), (EOT, vocab[EOT])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{SOT} $A {EOT}", special_tokens=[(SOT, vocab[SOT]), (EOT, vocab[EOT])])
     out = Path(out)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.part")
     tokenizer.save(str(temporary), pretty=False)
@@ -117,15 +105,11 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot read the byte-pair merges ({error}); expected open_clip's bpe_simple_vocab_16e6.txt.gz"
-        ) from error
+        raise CheckpointError(f"{path}: cannot read the byte-pair merges ({error}); expected open_clip's bpe_simple_vocab_16e6.txt.gz") from error
     lines = text.split("\n")[1 : CLIP_VOCAB_SIZE - 514 + 1]
     pairs = [tuple(line.split()) for line in lines]
     if len(pairs) < CLIP_VOCAB_SIZE - 514 or any(len(pair) != 2 for pair in pairs):
-        raise CheckpointError(
-            f"{path}: found {len(pairs)} lines that are not all pairs, expected {CLIP_VOCAB_SIZE - 514} merges, two parts each"
-        )
+        raise CheckpointError(f"{path}: found {len(pairs)} lines that are not all pairs, expected {CLIP_VOCAB_SIZE - 514} merges, two parts each")
     return [(pair[0], pair[1]) for pair in pairs]
 
 
@@ -144,13 +128,9 @@ class Tokenizer:
         self._eot_id: int | None = tokenizer.token_to_id(EOT)
         self._bare_length = len(empty)
         if context_length < max(len(empty), 1):
-            raise CheckpointError(
-                f"{path}: context_length is {context_length}, too short for the {len(empty)} special tokens of an empty text"
-            )
+            raise CheckpointError(f"{path}: context_length is {context_length}, too short for the {len(empty)} special tokens of an empty text")
         tokenizer.enable_truncation(max_length=context_length)
-        tokenizer.enable_padding(
-            length=context_length, pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id) or "[PAD]"
-        )
+        tokenizer.enable_padding(length=context_length, pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id) or "[PAD]")
 
     @classmethod
     def open(cls, path: str | Path, context_length: int = 77, cleaning: str = "clip", pad_id: int = 0) -> Tokenizer:
@@ -170,9 +150,7 @@ class Tokenizer:
         if cleaning not in CLEANINGS:
             raise CheckpointError(f"unknown text cleaning {cleaning!r}; expected one of {', '.join(CLEANINGS)}")
         if not path.is_file():
-            raise CheckpointError(
-                f"{path}: there is no such tokenizer file; a checkpoint or bundle carries one as tokenizer.json"
-            )
+            raise CheckpointError(f"{path}: there is no such tokenizer file; a checkpoint or bundle carries one as tokenizer.json")
         return cls.from_bytes(path.read_bytes(), path, context_length, cleaning, pad_id)
 
     @classmethod
@@ -183,16 +161,12 @@ class Tokenizer:
         try:
             tokenizer = RustTokenizer.from_buffer(data)
         except Exception as error:  # the Rust side raises bare Exception
-            raise CheckpointError(
-                f"{path}: not a tokenizer file ({error}); expected the JSON that `tokenizers` saves"
-            ) from error
+            raise CheckpointError(f"{path}: not a tokenizer file ({error}); expected the JSON that `tokenizers` saves") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if cleaning == "clip":
             if tokenizer.token_to_id(SOT) is None or tokenizer.token_to_id(EOT) is None:
-                raise CheckpointError(
-                    f"{path}: cleaning is 'clip' but the vocabulary has no {SOT} and {EOT}; use cleaning 'none' for other tokenizers"
-                )
+                raise CheckpointError(f"{path}: cleaning is 'clip' but the vocabulary has no {SOT} and {EOT}; use cleaning 'none' for other tokenizers")
             from tokenizers import normalizers
 
             tokenizer.normalizer = normalizers.Sequence([])
@@ -229,13 +203,12 @@ class Tokenizer:
 
     def _with_literal_specials(self, text: str) -> list[int]:
         """A row of a text that spells a special token: open_clip gives it the special's id, so do we."""
-        assert self._sot_id is not None and self._eot_id is not None
+        assert self._sot_id is not None
+        assert self._eot_id is not None
         special = {SOT: self._sot_id, EOT: self._eot_id}
         ids = [self._sot_id]
         for piece, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            ids += (
-                [special[piece]] if piece in special else [token.id for token in self._tokenizer.model.tokenize(piece)]
-            )
+            ids += [special[piece]] if piece in special else [token.id for token in self._tokenizer.model.tokenize(piece)]
         ids = [*ids[: self.context_length - 1], self._eot_id]
         return ids + [self.pad_id] * (self.context_length - len(ids))
 
