@@ -1,0 +1,208 @@
+"""Encoders to ONNX: one file a tower, operations kept whole, nothing of the machine inside, the same bytes each time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from export.towers import Encoder
+from runtime.errors import ParityError
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20  # the first with Gelu; LayerNormalization came with 17
+HALF_MAX = 65504.0
+Batch = Literal["dynamic", "1"]
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Switch torch's fused multi-head attention off, which exporters cannot translate, and back to what it was."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Silence the chatter of third-party converters: their warnings say nothing about our graph."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [log.level for log in found]
+    for log in found:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(found, levels, strict=True):
+            log.setLevel(level)
+
+
+def export_onnx(encoder: Encoder, example: np.ndarray, *, batch: Batch = "dynamic", opset: int = OPSET) -> onnx.ModelProto:
+    """Export with torch's dynamo exporter.
+
+    Args:
+        encoder: the module, in eval mode.
+        example: at least two input rows; their values do not matter.
+        batch: "dynamic" leaves the first dimension open under the name "batch", "1" fixes it.
+
+    Returns:
+        A checked model of one graph with all weights inside, GELU and layer norm as single operations.
+
+    Raises:
+        ParityError: the exporter took GELU or layer norm apart (this breaks fp16 and int8 later), or left a constant that float16 cannot hold.
+    """
+    rows = torch.from_numpy(example[:1] if batch == "1" else np.concatenate([example[:1]] * 2))
+    shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},) if batch == "dynamic" else None
+    with plain_attention(), quiet("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
+        program = torch.onnx.export(
+            encoder,
+            (rows,),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            external_data=False,
+            input_names=[encoder.input_name],
+            output_names=[encoder.output_name],
+            verbose=False,
+        )
+    if program is None:
+        raise ParityError(f"torch returned no ONNX program for the {encoder.kind} tower")
+    model = program.model_proto
+    strip(model)
+    onnx.checker.check_model(model)
+    check_whole(model, encoder, rows)
+    check_constants(model)
+    return model
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove, in place, what tells of the machine and changes from run to run: source paths, class names, notes, recorded shapes."""
+    model.producer_version = model.producer_version.split("+")[0]
+    model.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.value_info[:]  # quantisers trip over stale shapes; readers infer their own
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+    for graph in _graphs(model.graph):
+        graph.doc_string = ""
+        for item in (graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node):
+            item.doc_string = ""
+            del item.metadata_props[:]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
+def operation_counts(model: onnx.ModelProto) -> Counter[str]:
+    """How often each operation occurs in the graph."""
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def _calls(encoder: nn.Module, rows: Tensor, kind: type[nn.Module]) -> int:
+    """How often modules of a kind run in one forward pass."""
+    count = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [module.register_forward_hook(hook) for module in encoder.modules() if isinstance(module, kind)]
+    try:
+        with torch.no_grad():
+            encoder(rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def check_whole(model: onnx.ModelProto, encoder: Encoder, rows: Tensor) -> None:
+    """Raise ParityError unless every GELU and layer norm of the module is one operation of the graph."""
+    counts = operation_counts(model)
+    for kind, operation in ((nn.GELU, "Gelu"), (nn.LayerNorm, "LayerNormalization")):
+        called = _calls(encoder, rows, kind)
+        if counts[operation] < called:
+            raise ParityError(
+                f"the {encoder.kind} tower runs {called} {kind.__name__} modules, but its ONNX graph has {counts[operation]} {operation} operations; "
+                f"expected them whole: export with opset {OPSET} or later"
+            )
+
+
+def check_constants(model: onnx.ModelProto) -> None:
+    """Raise ParityError for a floating constant outside float16's range (masks of -inf or -3e38 turn into NaN on fp16 targets)."""
+    for initializer in model.graph.initializer:
+        if initializer.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            continue
+        array = numpy_helper.to_array(initializer)
+        if array.size and not np.abs(array).max() <= HALF_MAX:
+            raise ParityError(
+                f"the constant {initializer.name} holds {np.abs(array).max():g}, beyond float16's {HALF_MAX:g}; use a finite mask such as -1e4 in the model"
+            )
+
+
+def serialize(model: onnx.ModelProto) -> bytes:
+    """The same bytes for the same model."""
+    return model.SerializeToString(deterministic=True)
+
+
+def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Path:
+    """Write under a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(serialize(model))
+    os.replace(temporary, path)
+    return path
+
+
+class OnnxEncoder:
+    """An ONNX file under ONNX Runtime on the CPU: callable, (N, …) -> (N, D) float32.
+
+    Args:
+        model: a path or serialised bytes.
+        threads: of one operation; operations run one after the other.
+        full: all graph optimisations. Half-precision text towers crash ONNX Runtime 1.31 with them, so those are checked with fewer.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes, *, threads: int = 1, full: bool = True) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not full:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        entry = self.session.get_inputs()[0]
+        self.input_name = entry.name
+        self.fixed = entry.shape[0] if isinstance(entry.shape[0], int) else None
+
+    def __call__(self, inputs: np.ndarray, batch: int = 16) -> np.ndarray:
+        step = self.fixed or batch
+        return np.concatenate([self.session.run(None, {self.input_name: inputs[i : i + step]})[0] for i in range(0, len(inputs), step)])

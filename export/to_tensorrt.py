@@ -1,0 +1,133 @@
+"""Strongly typed ONNX for TensorRT, parsed and built ahead of time on the CPU by NVIDIA's own parser and builder.
+
+TensorRT 11 takes every tensor's type from the ONNX file (10.x with --stronglyTyped does the same), so precision is decided
+here: float16 inside with explicit casts, layer norms and the L2 norm in float32. `tensorrt_rtx` builds an engine for a named
+compute capability without a GPU, which proves that the file parses and compiles. It does not prove that an engine runs or
+what it computes; the numbers of the ONNX itself are checked by ONNX Runtime. Engines are not kept: they belong to one
+driver and one GPU and their bytes vary.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+
+from export.to_onnx import export_onnx, serialize
+from export.towers import Tower, encoder_of
+from runtime.errors import MissingExtraError, ParityError
+
+COMPUTE_CAPABILITY = "SM89"  # Ada; any that the builder names would do
+MAX_BATCH = 8
+
+_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+_MIXED = {"Cast", "Resize", "QuantizeLinear", "DequantizeLinear", "Where", "Pow"}  # operations whose float inputs may differ by definition
+
+
+def export_tensorrt(model: Any, tower: Tower, example: np.ndarray, precision: str) -> onnx.ModelProto:
+    """The strongly typed ONNX of one tower, dynamic batch.
+
+    Args:
+        model: an `ImageTextModel`, reparameterised.
+        precision: "fp32" or "fp16".
+
+    Raises:
+        ParityError: an operation mixes float types (the strongly typed parser would refuse it).
+    """
+    exported = export_onnx(encoder_of(model, tower, half=precision == "fp16"), example, batch="dynamic")
+    audit_types(exported)
+    return exported
+
+
+def audit_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Infer the type of every tensor and check that no operation mixes float types.
+
+    Returns:
+        How many tensors (initialisers, inputs and results) have each type, by ONNX's name.
+
+    Raises:
+        ParityError: types are mixed, unknown or of 64-bit floats.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    types: dict[str, int] = {item.name: item.data_type for item in inferred.graph.initializer}
+    for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        types[info.name] = info.type.tensor_type.elem_type
+    for node in inferred.graph.node:
+        unknown = [name for name in (*node.input, *node.output) if name and name not in types]
+        if unknown:
+            raise ParityError(f"the type of {unknown[0]} (operation {node.op_type}) cannot be inferred; a strongly typed network needs every type")
+        floats = {types[name] for name in node.input if name} & _FLOATS
+        if onnx.TensorProto.DOUBLE in floats:
+            raise ParityError(f"operation {node.name} ({node.op_type}) computes in 64-bit floats, which TensorRT does not know")
+        if len(floats) > 1 and node.op_type not in _MIXED:
+            names = sorted(onnx.TensorProto.DataType.Name(kind) for kind in floats)
+            raise ParityError(f"operation {node.name} ({node.op_type}) mixes the types {names}; put an explicit cast before it")
+    return dict(sorted(Counter(onnx.TensorProto.DataType.Name(kind) for kind in types.values()).items()))
+
+
+def installed() -> bool:
+    """Whether NVIDIA's parser and builder are here."""
+    return importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+def build_ahead(model: onnx.ModelProto, *, compute_capability: str = COMPUTE_CAPABILITY, max_batch: int = MAX_BATCH) -> dict[str, Any]:
+    """Parse and compile with `tensorrt_rtx` and report the facts; the engine is dropped.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+        ParityError: the parser or the builder refuses the file; its own words are quoted.
+    """
+    if not installed():
+        raise MissingExtraError("tensorrt-rtx-cu13", "tensorrt", "building a TensorRT engine ahead of time")
+    import tensorrt_rtx as trt
+
+    messages: list[str] = []
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                messages.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    started = time.perf_counter()
+    if not parser.parse(serialize(model)):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or "; ".join(messages)
+        raise ParityError(f"TensorRT's parser refuses the file: {errors}")
+    parsed = time.perf_counter()
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, compute_capability), 0)
+    entry = network.get_input(0)
+    if entry.shape[0] == -1:
+        rest = list(entry.shape)[1:]
+        profile = builder.create_optimization_profile()
+        profile.set_shape(entry.name, [1, *rest], [1, *rest], [max_batch, *rest])
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise ParityError(f"TensorRT's builder could not compile the file for {compute_capability}: {'; '.join(messages) or 'it gave no reason'}")
+    return {
+        "package": "tensorrt-rtx-cu13",
+        "version": importlib.metadata.version("tensorrt-rtx-cu13"),
+        "parsed": True,
+        "built": True,
+        "ran": False,
+        "compute_capability": compute_capability,
+        "batch_profile": [1, 1, max_batch],
+        "layers": int(network.num_layers),
+        "engine_bytes": int(engine.nbytes),
+        "parse_seconds": round(parsed - started, 3),
+        "build_seconds": round(time.perf_counter() - parsed, 3),
+        "types": audit_types(model),
+    }

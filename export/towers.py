@@ -1,0 +1,148 @@
+"""The two towers as exportable modules, and the samples that exports are calibrated and judged with.
+
+Shapes: N = samples, B = batch, H = W = image_size, T = context_length, D = embed_dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Tower = Literal["image", "text"]
+TOWERS: tuple[Tower, Tower] = ("image", "text")
+INPUT_NAMES: dict[str, str] = {"image": "image", "text": "tokens"}
+# Never "embedding": the ONNX exporter names the lookup's own value so, and the graph would define it twice.
+OUTPUT_NAMES: dict[str, str] = {"image": "image_embedding", "text": "text_embedding"}
+
+
+class Encoder(nn.Module):
+    """One tower followed by the L2 norm: what every artefact computes.
+
+    Args:
+        tower: features before the norm.
+        kind: "image" takes pixels (B, 3, H, W) float32, "text" takes tokens (B, T) int32; the result is (B, D) float32 of unit norm.
+        half: the tower computes in float16 with explicit casts at its border; layer norms and the final L2 norm stay in float32.
+        rescale: divide by the largest component first, so that squares stay in range where the target runs the norm in float16.
+    """
+
+    def __init__(self, tower: nn.Module, kind: Tower, *, half: bool = False, rescale: bool = False) -> None:
+        super().__init__()
+        self.tower = _halved(tower) if half else tower
+        self.kind = kind
+        self.half_inside = half
+        self.rescale = rescale
+        self.eval()
+
+    @property
+    def input_name(self) -> str:
+        return INPUT_NAMES[self.kind]
+
+    @property
+    def output_name(self) -> str:
+        return OUTPUT_NAMES[self.kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.half_inside and self.kind == "image":
+            x = x.to(torch.float16)
+        features = self.tower(x)
+        if self.half_inside:
+            features = features.to(torch.float32)
+        if self.rescale:
+            features = features / features.abs().amax(dim=-1, keepdim=True).clamp_min(1e-4)
+        # Not F.normalize: its expand would drag shape arithmetic into graphs of dynamic batch.
+        return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-4 if self.rescale else 1e-12)
+
+
+class _SinglePrecisionNorm(nn.Module):
+    """A layer norm in float32 between explicit casts: squares of a few hundred already leave float16."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.to(torch.float32)).to(torch.float16)
+
+
+def _halved(tower: nn.Module) -> nn.Module:
+    """A float16 copy whose layer norms stay in float32."""
+    copied = copy.deepcopy(tower).half()
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            parent, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(parent), leaf, _SinglePrecisionNorm(module))
+    return copied
+
+
+def image_encoder(model: Any, **options: bool) -> Encoder:
+    """The image tower of an `ImageTextModel`, ending in unit norm."""
+    return Encoder(model.image, "image", **options)
+
+
+def text_encoder(model: Any, **options: bool) -> Encoder:
+    """The text tower of an `ImageTextModel`, ending in unit norm."""
+    return Encoder(model.text, "text", **options)
+
+
+def encoder_of(model: Any, tower: Tower, **options: bool) -> Encoder:
+    return image_encoder(model, **options) if tower == "image" else text_encoder(model, **options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Pictures and captions in the form that the towers take; row i of `pixels` belongs to row i of `tokens`."""
+
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    pixels: np.ndarray
+    """(N, 3, H, W) float32, normalised."""
+    tokens: np.ndarray
+    """(N, T) int32."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def inputs(self, tower: Tower) -> np.ndarray:
+        return self.pixels if tower == "image" else self.tokens
+
+    def head(self, count: int) -> Samples:
+        """The first `count` rows."""
+        return Samples(keys=self.keys[:count], captions=self.captions[:count], pixels=self.pixels[:count], tokens=self.tokens[:count])
+
+
+def choose_rows(count: int, wanted: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Disjoint random row sets of the wanted sizes; where there are too few rows, the later sets are cut short and then wrap around.
+
+    Rows of one set are in ascending order, so that shards are read front to back.
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    sets, start = [], 0
+    for size in wanted:
+        rows = order[start : start + size]
+        if len(rows) == 0:  # everything is used up: share the first rows rather than have none
+            rows = order[:size]
+        sets.append(np.sort(rows))
+        start += len(rows)
+    return sets
+
+
+def read_samples(pairs: Any, rows: Sequence[int] | np.ndarray, preprocess_config: Any, tokenizer: Any) -> Samples:
+    """Read, preprocess and tokenise rows of a pairs folder (`runtime.pairs`); a picture that does not decode raises its ImageError."""
+    from runtime.preprocess import preprocess
+
+    pixels = np.concatenate([preprocess([pairs.image(int(i))], preprocess_config) for i in rows])
+    captions = tuple(pairs.caption(int(i)) for i in rows)
+    return Samples(keys=tuple(pairs.keys[int(i)] for i in rows), captions=captions, pixels=pixels, tokens=tokenizer(list(captions)))
+
+
+@torch.no_grad()
+def embed(encoder: nn.Module, inputs: np.ndarray, batch: int = 32) -> np.ndarray:
+    """Run an encoder in torch over the rows of `inputs`: (N, …) -> (N, D) float32."""
+    parts = [encoder(torch.from_numpy(inputs[i : i + batch])).numpy() for i in range(0, len(inputs), batch)]
+    return np.concatenate(parts)
