@@ -114,10 +114,11 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 class Tokenizer:
-    """Texts -> int32 (B, context_length); made by `Tokenizer.open`. Can be pickled (it reopens its file)."""
+    """Texts -> int32 (B, context_length); made by `Tokenizer.open`. Can be pickled (with its content, so the file may go)."""
 
-    def __init__(self, tokenizer: Any, path: Path, context_length: int, cleaning: str, pad_id: int) -> None:
+    def __init__(self, tokenizer: Any, data: bytes, path: Path, context_length: int, cleaning: str, pad_id: int) -> None:
         self._tokenizer = tokenizer
+        self._data = data
         self.path = path
         self.context_length = context_length
         self.cleaning = cleaning
@@ -155,7 +156,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path, context_length: int, cleaning: str, pad_id: int) -> Tokenizer:
-        """As `open`, with the file's content at hand (already read to be hashed); `path` serves messages and pickling."""
+        """As `open`, with the file's content at hand (already read to be hashed); `path` serves messages."""
         from tokenizers import Tokenizer as RustTokenizer
 
         try:
@@ -172,7 +173,7 @@ class Tokenizer:
             tokenizer.normalizer = normalizers.Sequence([])
             # A literal special in a text is found by the split pattern, as open_clip does it, not by substring search.
             tokenizer.encode_special_tokens = True
-        return cls(tokenizer, path, context_length, cleaning, pad_id)
+        return cls(tokenizer, data, path, context_length, cleaning, pad_id)
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """Tokens of texts, int32 (B, context_length). One string counts as a list of one.
@@ -226,7 +227,7 @@ class Tokenizer:
         return " ".join(bytes(byte_of[c] for c in word).decode("utf-8", "replace") for word in words).strip()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Tokenizer.open, (self.path, self.context_length, self.cleaning, self.pad_id))
+        return (Tokenizer.from_bytes, (self._data, self.path, self.context_length, self.cleaning, self.pad_id))
 
     def __repr__(self) -> str:
         return f"Tokenizer({json.dumps(str(self.path))}, context_length={self.context_length}, cleaning={self.cleaning!r}, vocab_size={self.vocab_size})"

@@ -1,0 +1,427 @@
+"""The bundle's manifest: what every file is, its hash, and how near each artefact comes to its checkpoint.
+
+`docs/bundle-format.md` is the normative text; this module reads and writes it. Every byte of a bundle is covered: the
+files by their sha256 in the manifest, the manifest by its own `manifest_sha256`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runtime.errors import BundleError, CheckpointError
+from runtime.preprocess import PreprocessConfig
+
+SCHEMA = 1
+NAME = "manifest.json"
+TOWERS = ("image", "text")
+LOSSES = ("softmax", "sigmoid")
+MASKS = ("causal", "pad", "none")
+# Least cosine to the checkpoint's fp32 embedding over all inputs tried; an artefact may carry its own.
+COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.9}
+# An artefact that changes recall@1 by less than this (when it was measured) is good enough to be picked for its speed.
+RECALL1_CHANGE_MIN = -0.02
+_MAX_BYTES = 16 * 1024 * 1024
+_PARITY = ("cosine_min", "cosine_p1", "cosine_mean", "max_abs", "rank_agreement", "recall1_change", "n")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSpec:
+    """How pictures become input, and what the image tower's tensors are called."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize: str = "shortest"
+    crop: str = "center"
+    crop_pct: float = 1.0
+    input: str = "image"
+    output: str = "image_embedding"
+
+    def preprocess_config(self) -> PreprocessConfig:
+        """The same as settings of `runtime.preprocess`."""
+        return PreprocessConfig(image_size=self.image_size, mean=self.mean, std=self.std, interpolation=self.interpolation, crop_pct=self.crop_pct)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSpec:
+    """How texts become input, and what the text tower's tensors are called."""
+
+    context_length: int
+    vocab_size: int
+    pad_id: int = 0
+    mask: str = "causal"
+    cleaning: str = "clip"
+    input: str = "tokens"
+    output: str = "text_embedding"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artefact:
+    """One tower for one target in one precision: proven (it has a file) or refused (it has a reason).
+
+    Attributes:
+        batch: "dynamic" or the fixed batch size as a string.
+        path: file or package folder inside the bundle; None when refused.
+        parity: figures against the checkpoint in fp32 (cosine_min, cosine_p1, cosine_mean, max_abs, rank_agreement,
+            recall1_change, n); further keys are kept.
+        latency: measured figures; `p50_ms` (one input, batch 1) decides which artefact `runtime.load` picks.
+        threshold: least `cosine_min`; None = `COSINE_MIN` of the precision.
+    """
+
+    id: str
+    tower: str
+    target: str
+    precision: str
+    batch: str = "dynamic"
+    path: str | None
+    status: str = "proven"
+    reason: str | None = None
+    parity: dict[str, Any] | None = None
+    bytes: int | None = None
+    latency: dict[str, Any] | None = None
+    threshold: float | None = None
+
+    @property
+    def cosine_threshold(self) -> float:
+        """The least cosine to the checkpoint that this artefact must keep on every input."""
+        return COSINE_MIN.get(self.precision, 0.9) if self.threshold is None else self.threshold
+
+    @property
+    def p50_ms(self) -> float:
+        """Measured median latency in milliseconds, infinite where none was recorded."""
+        value = (self.latency or {}).get("p50_ms")
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFacts:
+    """sha256 (hex) and size of a file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The whole of `manifest.json`. `files` is filled by `write_manifest`."""
+
+    name: str
+    embed_dim: int
+    image: ImageSpec
+    text: TextSpec
+    loss: str = "softmax"
+    logit_scale: float
+    logit_bias: float | None = None
+    languages: tuple[str, ...] = ("en",)
+    artefacts: tuple[Artefact, ...]
+    golden: dict[str, Any] = field(default_factory=dict)
+    licences: tuple[Any, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def artefact(self, id: str) -> Artefact:
+        """The artefact of this id. Raises BundleError when there is none."""
+        for artefact in self.artefacts:
+            if artefact.id == id:
+                return artefact
+        raise BundleError(f"the bundle '{self.name}' has no artefact '{id}'; it has {', '.join(a.id for a in self.artefacts)}")
+
+
+def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> Manifest:
+    """Read `manifest.json` of a bundle.
+
+    Args:
+        folder: the bundle.
+        verify: also hash every file of the bundle. Without it the manifest alone is checked (its own hash included),
+            and whoever opens a file uses `read_file`, which checks that one.
+
+    Raises:
+        BundleError: one sentence on the first thing that is wrong: no manifest, damaged, another schema, a missing
+            field, a path that leaves the bundle, a file that is missing, changed or not listed.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}; it is no manifest")
+        raw = path.read_bytes()
+    except OSError as error:
+        what = "there is no such folder" if not folder.is_dir() else f"it has no readable {NAME} ({error.strerror})"
+        raise BundleError(f"{folder} is not a bundle: {what}; make one with 'mclip export'") from error
+    manifest = _parse(raw, path)
+    if verify:
+        verify_files(folder, manifest)
+    return manifest
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manifest:
+    """Hash every file of the folder and write `manifest.json` over it, atomically: the last step of making a bundle.
+
+    Returns:
+        The manifest with `files` as written.
+
+    Raises:
+        BundleError: the manifest contradicts itself or the folder.
+    """
+    folder = Path(folder)
+    files = {name: FileFacts(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(_walk(folder))}
+    manifest = replace(manifest, files=files)
+    document = {key: value for key, value in asdict(manifest).items()}
+    document["manifest_sha256"] = "0" * 64
+    try:
+        raw = (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"the manifest of {folder} cannot be written as JSON ({error}); give plain finite values") from error
+    zeros = b'"manifest_sha256": "' + b"0" * 64 + b'"'
+    raw = raw.replace(zeros, zeros.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode()))
+    written = _parse(raw, folder / NAME)
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.manifest.part"
+    try:
+        with temporary.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return written
+
+
+def read_file(folder: str | os.PathLike[str], manifest: Manifest, name: str) -> bytes:
+    """A file of the bundle, checked against the manifest while it is read.
+
+    Raises:
+        BundleError: not listed, missing or changed.
+    """
+    facts = manifest.files.get(name)
+    if facts is None:
+        raise BundleError(f"the manifest of {folder} lists no file '{name}'; export the bundle again")
+    path = Path(folder) / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
+    _compare(path, facts, len(data), lambda: hashlib.sha256(data).hexdigest())
+    return data
+
+
+def verify_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Check that the folder holds exactly the files of the manifest, byte for byte.
+
+    Raises:
+        BundleError: a file is missing, changed or not listed.
+    """
+    folder = Path(folder)
+    found = set(_walk(folder))
+    missing = sorted(manifest.files.keys() - found)
+    if missing:
+        raise BundleError(f"{folder / missing[0]} is listed in the manifest but missing ({len(missing)} in all); fetch or export the bundle again")
+    extra = sorted(found - manifest.files.keys())
+    if extra:
+        raise BundleError(f"{folder / extra[0]} is not listed in the manifest ({len(extra)} such in all); remove it or export the bundle again")
+    for name, facts in manifest.files.items():
+        path = folder / name
+        _compare(path, facts, path.stat().st_size, lambda path=path: _sha256(path))  # type: ignore[misc]
+
+
+def _compare(path: Path, facts: FileFacts, size: int, sha256: Callable[[], str]) -> None:
+    if size != facts.bytes:
+        raise BundleError(f"{path} has {size} bytes, the manifest says {facts.bytes}; fetch or export the bundle again")
+    digest = sha256()
+    if digest != facts.sha256:
+        raise BundleError(f"{path} was changed: its sha256 is {digest[:12]}…, the manifest says {facts.sha256[:12]}…; fetch or export the bundle again")
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Relative names of all files but the manifest. A link to a folder counts as a (never listed) file."""
+    for top, folders, files in os.walk(folder):
+        relative = Path(top).relative_to(folder)
+        links = [name for name in folders if (Path(top) / name).is_symlink()]
+        for name in files + links:
+            inner = (relative / name).as_posix()
+            if inner != NAME:
+                yield inner
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}); remove it or export the bundle again") from error
+
+
+def _parse(raw: bytes, path: Path) -> Manifest:
+    try:
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not the JSON of a manifest ({error}); fetch or export the bundle again") from error
+    reader = _Reader(path)
+    if not isinstance(document, dict):
+        raise BundleError(f"{path} holds a {type(document).__name__}, expected one JSON object")
+    schema = reader.take(document, "schema", int)
+    if schema != SCHEMA:
+        raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; upgrade, or export the bundle again")
+    digest = reader.take(document, "manifest_sha256", str)
+    quoted = b'"' + digest.encode() + b'"'
+    if raw.count(quoted) != 1 or hashlib.sha256(raw.replace(quoted, b'"' + b"0" * 64 + b'"')).hexdigest() != digest:
+        raise BundleError(f"{path} was changed: it does not match its own manifest_sha256; fetch or export the bundle again")
+    try:
+        manifest = _manifest(document, reader)
+        manifest.image.preprocess_config()
+    except CheckpointError as error:
+        raise BundleError(f"{path}: 'image' is unusable: {error}") from error
+    _check(manifest, path)
+    return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class _Reader:
+    """Takes typed fields out of JSON objects; what is wrong becomes one BundleError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take(self, owner: dict[str, Any], name: str, kind: Any, where: str = "") -> Any:
+        if name not in owner:
+            raise BundleError(f"{self.path} lacks the field '{where}{name}'; export the bundle again")
+        value = owner[name]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if float in kinds and type(value) is int:
+            value = float(value)
+        if type(value) not in kinds:
+            expected = " or ".join("null" if k is _NULL else k.__name__ for k in kinds)
+            raise BundleError(f"{self.path}: the field '{where}{name}' is {json.dumps(value)[:60]}, expected {expected}")
+        return value
+
+    def triple(self, owner: dict[str, Any], name: str, where: str) -> tuple[float, float, float]:
+        values = self.take(owner, name, list, where)
+        if len(values) != 3 or any(type(v) not in (int, float) for v in values):
+            raise BundleError(f"{self.path}: the field '{where}{name}' is {json.dumps(values)[:60]}, expected three numbers")
+        return (float(values[0]), float(values[1]), float(values[2]))
+
+
+_NULL = type(None)
+
+
+def _manifest(document: dict[str, Any], reader: _Reader) -> Manifest:
+    take = reader.take
+    image, text = take(document, "image", dict), take(document, "text", dict)
+    artefacts = []
+    for n, entry in enumerate(take(document, "artefacts", list)):
+        if not isinstance(entry, dict):
+            raise BundleError(f"{reader.path}: artefacts[{n}] is no object")
+        artefacts.append(_artefact(entry, reader, f"artefacts[{n}]."))
+    files = {}
+    for name, entry in take(document, "files", dict).items():
+        if not isinstance(entry, dict):
+            raise BundleError(f"{reader.path}: files['{name}'] is no object")
+        where = f"files['{name}']."
+        files[name] = FileFacts(sha256=take(entry, "sha256", str, where), bytes=take(entry, "bytes", int, where))
+    return Manifest(
+        name=take(document, "name", str),
+        embed_dim=take(document, "embed_dim", int),
+        image=ImageSpec(
+            image_size=take(image, "image_size", int, "image."),
+            mean=reader.triple(image, "mean", "image."),
+            std=reader.triple(image, "std", "image."),
+            crop_pct=take(image, "crop_pct", float, "image."),
+            **{key: take(image, key, str, "image.") for key in ("interpolation", "resize", "crop", "input", "output")},
+        ),
+        text=TextSpec(
+            **{key: take(text, key, int, "text.") for key in ("context_length", "vocab_size", "pad_id")},
+            **{key: take(text, key, str, "text.") for key in ("mask", "cleaning", "input", "output")},
+        ),
+        loss=take(document, "loss", str),
+        logit_scale=take(document, "logit_scale", float),
+        logit_bias=take(document, "logit_bias", (float, _NULL)),
+        languages=tuple(take(document, "languages", list)),
+        artefacts=tuple(artefacts),
+        golden=take(document, "golden", dict),
+        licences=tuple(take(document, "licences", list)),
+        provenance=take(document, "provenance", dict),
+        files=files,
+    )
+
+
+def _artefact(entry: dict[str, Any], reader: _Reader, where: str) -> Artefact:
+    optional = {"threshold": None, **entry}
+    return Artefact(
+        **{key: reader.take(entry, key, str, where) for key in ("id", "tower", "target", "precision", "batch", "status")},
+        **{key: reader.take(entry, key, (str, _NULL), where) for key in ("path", "reason")},
+        **{key: reader.take(entry, key, (dict, _NULL), where) for key in ("parity", "latency")},
+        bytes=reader.take(entry, "bytes", (int, _NULL), where),
+        threshold=reader.take(optional, "threshold", (float, _NULL), where),
+    )
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    """What types alone do not say."""
+
+    def must(good: bool, message: str) -> None:
+        if not good:
+            raise BundleError(f"{path}: {message}")
+
+    for name, facts in manifest.files.items():
+        must(_inside(name), f"the path '{name}' may not leave the bundle; expected plain relative names with '/'")
+        must(len(facts.sha256) == 64 and set(facts.sha256) <= set("0123456789abcdef"), f"the sha256 of '{name}' is not 64 lower-case hex digits")
+        must(facts.bytes >= 0, f"the size of '{name}' is negative")
+    must(manifest.embed_dim > 0, f"embed_dim is {manifest.embed_dim}, expected at least 1")
+    must(manifest.image.resize == "shortest", f"image.resize is '{manifest.image.resize}', this version knows 'shortest'")
+    must(manifest.image.crop == "center", f"image.crop is '{manifest.image.crop}', this version knows 'center'")
+    must(0 <= manifest.text.pad_id < manifest.text.vocab_size, f"text.pad_id {manifest.text.pad_id} lies outside the vocabulary of {manifest.text.vocab_size}")
+    must(manifest.text.context_length > 0, f"text.context_length is {manifest.text.context_length}, expected at least 1")
+    must(manifest.text.mask in MASKS, f"text.mask is '{manifest.text.mask}', expected one of {', '.join(MASKS)}")
+    must(manifest.text.cleaning in ("clip", "none"), f"text.cleaning is '{manifest.text.cleaning}', expected clip or none")
+    must(manifest.loss in LOSSES, f"loss is '{manifest.loss}', expected one of {', '.join(LOSSES)}")
+    must(math.isfinite(manifest.logit_scale) and manifest.logit_scale > 0, f"logit_scale is {manifest.logit_scale}, expected above 0")
+    must("tokenizer.json" in manifest.files, "no tokenizer.json is listed; a bundle carries its tokenizer")
+    ids = [artefact.id for artefact in manifest.artefacts]
+    must(len(set(ids)) == len(ids), "two artefacts share an id")
+    for artefact in manifest.artefacts:
+        _check_artefact(artefact, manifest, must)
+
+
+def _check_artefact(artefact: Artefact, manifest: Manifest, must: Callable[[bool, str], None]) -> None:
+    name = f"artefact '{artefact.id}'"
+    must(artefact.tower in TOWERS, f"{name} is of tower '{artefact.tower}', expected image or text")
+    must(
+        artefact.batch == "dynamic" or (artefact.batch.isdecimal() and int(artefact.batch) > 0),
+        f"{name} has batch '{artefact.batch}', expected dynamic or a number",
+    )
+    must(artefact.status in ("proven", "refused"), f"{name} has status '{artefact.status}', expected proven or refused")
+    if artefact.status == "refused":
+        must(artefact.path is None and bool(artefact.reason), f"{name} is refused, so it has no path and must have a reason")
+        return
+    if artefact.path is None or not _inside(artefact.path):
+        must(False, f"{name} is proven, so it needs a path inside the bundle, not '{artefact.path}'")
+        return
+    parts = [file for file in manifest.files if file == artefact.path or file.startswith(artefact.path + "/")]
+    must(bool(parts), f"{name} names '{artefact.path}', which is not among the files")
+    cosine = (artefact.parity or {}).get("cosine_min")
+    must(type(cosine) in (int, float), f"{name} is proven, so its parity needs the field 'cosine_min'")
+
+
+def _inside(name: str) -> bool:
+    """Whether a name is a plain relative path that no operating system takes elsewhere."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and "/".join(parts) == name and not name.startswith("/") and not {".", ".."} & set(parts) and not set(name) & set("\\:\0")
