@@ -22,7 +22,7 @@ class ImageConfig:
     """The image tower and the pixels that it expects."""
 
     backbone: str
-    """A timm model name, or "fastvit" for a FastViT whose dimensions stand in `backbone_args`."""
+    """A timm model name, or "fastvit" (timm's FastViT of free dimensions) or "pocket" (`mobileclip.pocket`)."""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     image_size: int = 256
     """Side of the square input, in pixels."""
@@ -120,23 +120,6 @@ def config_from_dict(data: dict[str, Any], where: str = "config.json") -> ModelC
         raise CheckpointError(f"{where}: {error}; the file was written by another version or by hand") from None
 
 
-def _fastvit_pocket(dims: tuple[int, ...], layers: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "layers": list(layers),
-        "embed_dims": list(dims),
-        "mlp_ratios": [3, 3, 3, 3],
-        "token_mixers": ["repmixer", "repmixer", "repmixer", "attention"],
-        "pos_embs": [None, None, None, 7],
-        "se_downsamples": [False, False, False, False],
-        "down_patch_size": 3,
-        "repmixer_kernel_size": 3,
-        "mlp_kernel_size": 3,
-        "cls_ratio": 2.0,
-        "layer_scale_init_value": 0.1,
-        "lkc_use_act": True,
-    }
-
-
 _APPLE = "Apple ML Research Model Terms of Use (research only, derivatives included)"
 _OURS = "MIT (weights trained here; the data's licences are in the receipt)"
 
@@ -160,12 +143,12 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "pocket_s": ModelConfig(
         name="pocket_s", embed_dim=256, licence=_OURS,
-        image=ImageConfig(backbone="fastvit", backbone_args=_fastvit_pocket((24, 48, 96, 192), (1, 1, 2, 1)), image_size=64),
+        image=ImageConfig(backbone="pocket", backbone_args={"dims": [24, 48, 160], "depths": [0, 1, 2], "mlp_ratio": 2.0}, image_size=64),
         text=TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal"),
     ),
     "pocket_m": ModelConfig(
         name="pocket_m", embed_dim=256, licence=_OURS,
-        image=ImageConfig(backbone="fastvit", backbone_args=_fastvit_pocket((32, 64, 128, 256), (1, 2, 3, 1)), image_size=96),
+        image=ImageConfig(backbone="pocket", backbone_args={"dims": [32, 64, 192], "depths": [1, 2, 3], "mlp_ratio": 3.0}, image_size=96),
         text=TextConfig(context_length=24, vocab_size=8192, width=192, heads=6, layers=3, mask="causal"),
     ),
 }

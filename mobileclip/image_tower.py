@@ -5,7 +5,7 @@ Shapes: B = batch, C = 3, H = W = image_size, D = embed_dim.
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from torch import Tensor, nn
 
 from mobileclip.config import ImageConfig
+from mobileclip.pocket import PocketTrunk
 from mobileclip.projection import make_projection
 from runtime.errors import CheckpointError
 
@@ -38,44 +39,34 @@ class ImageTower(nn.Module):
 
 
 def build_backbone(name: str, args: dict[str, Any], num_classes: int) -> nn.Module:
-    """A timm backbone by name, or a FastViT of free dimensions for the name "fastvit".
+    """A backbone of ours (`OWN_BACKBONES`) or of timm, with random weights.
 
     Raises:
-        CheckpointError: timm does not know the name or refuses the arguments.
+        CheckpointError: nobody knows the name, or the arguments are refused.
     """
-    if name == "fastvit":
-        return _build_fastvit(dict(args), num_classes)
-    if not timm.is_model(name):
-        raise CheckpointError(f"image backbone '{name}' is unknown to timm {timm.__version__}; take a name from timm.list_models() or 'fastvit'")
+    args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    if name not in OWN_BACKBONES and not timm.is_model(name):
+        raise CheckpointError(f"image backbone '{name}' is unknown to timm {timm.__version__}; take a name from timm.list_models(), or one of {sorted(OWN_BACKBONES)}")
     try:
+        if name in OWN_BACKBONES:
+            return OWN_BACKBONES[name](args, num_classes)
         return timm.create_model(name, pretrained=False, num_classes=num_classes, **args)
-    except TypeError as error:
-        raise CheckpointError(f"image backbone '{name}' refuses its arguments {args}: {error}") from None
+    except (TypeError, KeyError, IndexError) as error:
+        raise CheckpointError(f"image backbone '{name}' refuses its arguments {args}: {error!r}") from None
 
 
 def _build_fastvit(args: dict[str, Any], num_classes: int) -> FastVit:
-    """timm's FastViT with JSON-ready arguments; an integer in `pos_embs` is the kernel of a conditional position encoding.
-
-    `mlp_kernel_size` replaces the 7x7 depthwise convolution of every feed-forward layer: at 64 px, feature maps are
-    16 to 2 pixels wide, where a kernel of 3 sees as much and trains several times faster on a CPU.
-    """
-    kernel = args.pop("mlp_kernel_size", 7)
+    """timm's FastViT with JSON-ready arguments; an integer in `pos_embs` is the kernel of a conditional position encoding."""
     args["pos_embs"] = tuple(
         None if size is None else partial(RepConditionalPosEnc, spatial_shape=(size, size)) for size in args.get("pos_embs", (None,) * 4)
     )
-    unknown = set(args) - set(inspect.signature(FastVit.__init__).parameters)
-    if unknown:
-        raise CheckpointError(f"image backbone 'fastvit' has no arguments {sorted(unknown)}; see timm.models.fastvit.FastVit")
-    trunk = FastVit(num_classes=num_classes, **{key: tuple(value) if isinstance(value, list) else value for key, value in args.items()})
-    if kernel != 7:
-        for module in list(trunk.modules()):
-            mlp = getattr(module, "mlp", None)
-            if mlp is not None and hasattr(mlp, "conv") and hasattr(mlp, "fc1"):
-                old = mlp.conv.conv
-                fresh = nn.Conv2d(old.in_channels, old.out_channels, kernel, padding=kernel // 2, groups=old.groups, bias=old.bias is not None)
-                nn.init.trunc_normal_(fresh.weight, std=0.1)
-                mlp.conv.conv = fresh
-    return trunk
+    return FastVit(num_classes=num_classes, **args)
+
+
+OWN_BACKBONES: dict[str, Callable[[dict[str, Any], int], nn.Module]] = {
+    "fastvit": _build_fastvit,
+    "pocket": lambda args, num_classes: PocketTrunk(num_classes=num_classes, **args),
+}
 
 
 def pooled_width(trunk: nn.Module) -> int:
