@@ -9,6 +9,7 @@ float32. What a device's own kernels add to that (float16 accumulation, fused op
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,9 @@ class MilProgram:
         path = Path(path)
         if not (path / "Manifest.json").is_file():
             raise BundleError(f"{path.name} is not a Core ML package: Manifest.json is missing; expected a folder written by `mclip export --target coreml`")
-        try:
-            import coremltools as ct
-            from coremltools.converters.mil.frontend.milproto import load as milproto
-        except ImportError as error:
-            raise MissingExtraError("coremltools", "coreml", "reading a Core ML package") from error
+        ct = import_coremltools("reading a Core ML package")
+        from coremltools.converters.mil.frontend.milproto import load as milproto
+
         model = ct.models.MLModel(str(path), skip_model_load=True)
         specification = model.get_spec()
         if specification.WhichOneof("Type") != "mlProgram":
@@ -128,6 +127,24 @@ class MilProgram:
         if self.half and variable.dtype.__name__ == "fp16":
             return value.to(torch.float16).to(torch.float32)
         return value.to(torch.float32)
+
+
+def import_coremltools(purpose: str) -> Any:
+    """The coremltools module, without the list of what it cannot do on this machine that its import logs.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    log = logging.getLogger("coremltools")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        import coremltools
+    except ImportError as error:
+        raise MissingExtraError("coremltools", "coreml", purpose) from error
+    finally:
+        log.setLevel(level)
+    return coremltools
 
 
 def _plain(value: Any) -> np.ndarray:
