@@ -184,7 +184,7 @@ def _choose(concepts: Sequence[Concept], count: int | None, seed: int) -> list[C
     trained = [concept for concept in concepts if not concept.held_out]
     held_out = [concept for concept in concepts if concept.held_out]
     for members, wanted in ((trained, count), (held_out, round(count * len(held_out) / len(trained)))):
-        shuffled = sorted(members, key=lambda concept: _draw(seed, "family", concept.family))  # stable: families stay whole
+        shuffled = sorted(members, key=lambda concept: _draw(seed, "family", concept.family))  # stable: a family stays together
         kept.update(concept.code for concept in shuffled[:wanted])
     return [concept for concept in concepts if concept.code in kept]
 
@@ -304,7 +304,5 @@ def _credits(config: EmojiConfig) -> str:
     ]
     for package in PACKAGES:
         what = package.name.rpartition("/")[2]
-        lines.append(
-            f"| {what} | {_use(package.name)} | {package.author} | {package.licence} | {package.source} | {package.name} {package.version} |"
-        )
+        lines.append(f"| {what} | {_use(package.name)} | {package.author} | {package.licence} | {package.source} | {package.name} {package.version} |")
     return "\n".join(lines) + "\n"

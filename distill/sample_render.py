@@ -84,9 +84,7 @@ def draw(job: Job) -> bytes:
     import resvg_py
 
     try:
-        png = resvg_py.svg_to_bytes(
-            svg_string=job.svg, width=job.size, height=job.size, background=job.background, skip_system_fonts=True
-        )
+        png = resvg_py.svg_to_bytes(svg_string=job.svg, width=job.size, height=job.size, background=job.background, skip_system_fonts=True)
     except ValueError as error:
         raise SampleError(f"the drawing of {job.key} cannot be rendered ({error}); is resvg-py at least 0.2?") from error
     picture = Image.open(io.BytesIO(png)).convert("RGB")

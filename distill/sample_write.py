@@ -63,8 +63,8 @@ def write_sample(folder: Path, plan: Plan, draw: Drawer, advance: Callable[[int,
     if complete and not todo and not stale:
         return {**_read(folder / RECEIPT), "already_complete": True}
     try:
-        for name in {Path(shard.name).parent for shard in plan.shards} | {Path(name).parent for name in plan.files}:
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for inner in {Path(name).parent for name in (*(shard.name for shard in plan.shards), *plan.files)}:
+            (folder / inner).mkdir(parents=True, exist_ok=True)
         (folder / RECEIPT).unlink(missing_ok=True)
         _write_json(folder / PROGRESS, {**plan.head(), "shards": done})
         _write_shards(folder, plan, todo, done, draw, advance)
@@ -106,9 +106,7 @@ def _write_shards(
     pictures = draw(todo, count)
     try:
         for shard, images in zip(todo, pictures, strict=True):
-            samples = (
-                (key, {**members, plan.image_extension: image}) for (key, members), image in zip(shard.samples, images, strict=True)
-            )
+            samples = ((key, {**members, plan.image_extension: image}) for (key, members), image in zip(shard.samples, images, strict=True))
             facts = write_shard(folder / shard.name, samples)
             done[shard.name] = {"sha256": facts.sha256, "bytes": facts.bytes, "pairs": facts.samples}
             _write_json(folder / PROGRESS, {**plan.head(), "shards": done})

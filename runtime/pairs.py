@@ -32,6 +32,7 @@ _IMAGE, _TEXT, _META = 0, 1, 2
 _KIND = {**dict.fromkeys(IMAGE_EXTENSIONS, _IMAGE), "txt": _TEXT, "json": _META}
 _KIND_NAMES = ("picture", "caption (.txt)", "facts file (.json)")
 _CORRECT = "make the shard again"
+_AGAIN = "make the shard again or fetch it once more"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +99,16 @@ class Pairs:
         try:
             return decode_image(data)
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes
-            raise ImageError(f"{self._where(row)}: the picture does not decode ({_short(error)}); {len(data)} bytes found; replace or drop this sample") from error
+            what = f"the picture ({len(data)} bytes) does not decode ({_short(error)})"
+            raise ImageError(f"{self._where(row)}: {what}; replace or drop this sample") from error
 
     def caption(self, row: int) -> str:
         """The caption without surrounding white space. Raises PairsError when it is missing or not UTF-8."""
         try:
             return self._member(row, _TEXT).decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise PairsError(f"{self._where(row)}: the caption is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); convert it to UTF-8") from error
+            found = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+            raise PairsError(f"{self._where(row)}: the caption is not UTF-8 ({found}); convert it to UTF-8") from error
 
     def meta(self, row: int) -> dict[str, Any]:
         """The facts of ``KEY.json`` ({} when the sample has none). Raises PairsError when it is not one JSON object."""
@@ -174,7 +177,8 @@ def open_pairs(folder: str | os.PathLike[str]) -> Pairs:
         samples, stamp = _index_shard(path)
         for key in samples:
             if key in home:
-                raise PairsError(f"the key '{key}' is in two shards, {home[key].name} and {path.name} of {folder}; keys must be unique in a pairs folder: rename or remove one")
+                where = f"{home[key].name} and {path.name} of {folder}"
+                raise PairsError(f"the key '{key}' is in two shards, {where}; keys must be unique in a pairs folder: rename or remove one")
             home[key] = path
         shards.append(Shard(name=path.name.removesuffix(".tar"), path=path, start=len(keys), stop=len(keys) + len(samples)))
         keys.extend(samples)
@@ -275,48 +279,51 @@ def _index_shard(path: Path) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
 
 def _tar_members(view: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of every regular file. Our own walk: tarfile builds an object a member and forgives a cut."""
-    position, end = 0, len(view)
-    long_name: str | None = None
-    long_size: int | None = None
     if view[:2] == b"\x1f\x8b":
         raise PairsError(f"{path} is gzip data under the name of a tar, and only uncompressed shards are random access; unpack it first (gunzip)")
-    while True:
-        header = view[position : position + BLOCK]
-        if len(header) < BLOCK:
-            raise PairsError(f"{path} is truncated: it ends at byte {end} without an end-of-archive mark; {_CORRECT} or fetch it once more")
-        if not any(header):
-            if position + 2 * BLOCK > end or any(view[position + BLOCK : position + 2 * BLOCK]):
-                raise PairsError(f"{path} is truncated: half an end-of-archive mark at byte {position}; {_CORRECT} or fetch it once more")
-            return
-        stored = _number(header[148:156])
-        if stored is None or stored != sum(header[:148]) + 256 + sum(header[156:]):
-            raise PairsError(f"{path} is not a sound tar: the header at byte {position} has a wrong checksum; {_CORRECT} or fetch it once more")
-        size = _number(header[124:136])
+    position = 0
+    long_name: str | None = None  # set by an extended header for the member that follows it
+    long_size: int | None = None
+    while (header := _header(view, position, path)) is not None:
         kind = header[156:157]
-        if size is not None and long_size is not None and kind not in b"xgLK":
+        size = _number(header[124:136])
+        if long_size is not None and kind not in b"xgLK":
             size = long_size
-        if size is None or size < 0:
-            raise PairsError(f"{path} is not a sound tar: the header at byte {position} has no valid size; {_CORRECT}")
         start = position + BLOCK
-        if start + size > end:
-            raise PairsError(f"{path} is truncated: the member at byte {position} needs {size} bytes, {max(0, end - start)} are left; {_CORRECT} or fetch it once more")
+        if size is None:
+            raise PairsError(f"{path} is not a sound tar: the header at byte {position} has no valid size; {_CORRECT}")
+        if start + size > len(view):
+            left = max(0, len(view) - start)
+            raise PairsError(f"{path} is truncated: the member at byte {position} needs {size} bytes, {left} are left; {_AGAIN}")
         position = start + -(-size // BLOCK) * BLOCK
         if kind == b"L":
             long_name = _text(view[start : start + size].rstrip(b"\0"), path)
         elif kind == b"x":
             records = _pax_records(view[start : start + size], path)
             long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if records.get("size", "").isdigit() else None
-        elif kind in b"gK5":
-            if kind == b"5":
-                long_name = long_size = None
-        elif kind in (b"0", b"\0", b"7"):
+            long_size = int(records["size"]) if records.get("size", "").isdecimal() else None
+        elif kind in (b"0", b"\0", b"7", b"5"):
             name = long_name if long_name is not None else _header_name(header, path)
             long_name = long_size = None
-            if not name.endswith("/"):
+            if kind != b"5" and not name.endswith("/"):
                 yield name, start, size
-        else:
+        elif kind not in b"gK":
             raise PairsError(f"{path} holds a link or special file at byte {start - BLOCK} (tar type {kind!r}), expected regular files; {_CORRECT}")
+
+
+def _header(view: mmap.mmap, position: int, path: Path) -> bytes | None:
+    """The header block at a position, its checksum proven; None at the end-of-archive mark."""
+    header = view[position : position + BLOCK]
+    if len(header) < BLOCK:
+        raise PairsError(f"{path} is truncated: it ends at byte {len(view)} without an end-of-archive mark; {_AGAIN}")
+    if not any(header):
+        second = view[position + BLOCK : position + 2 * BLOCK]
+        if len(second) < BLOCK or any(second):
+            raise PairsError(f"{path} is truncated: half an end-of-archive mark at byte {position}; {_AGAIN}")
+        return None
+    if _number(header[148:156]) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        raise PairsError(f"{path} is not a sound tar: the header at byte {position} has a wrong checksum; {_AGAIN}")
+    return header
 
 
 def _number(field: bytes) -> int | None:
