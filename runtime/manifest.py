@@ -214,6 +214,17 @@ def read_file(folder: str | os.PathLike[str], manifest: Manifest, name: str) -> 
     return data
 
 
+def verify_artefact(folder: str | os.PathLike[str], manifest: Manifest, artefact: Artefact) -> None:
+    """Check the file, or all files of the package, of one artefact.
+
+    Raises:
+        BundleError: missing or changed.
+    """
+    for name, facts in manifest.files.items():
+        if name == artefact.path or name.startswith(f"{artefact.path}/"):
+            _verify_file(Path(folder) / name, facts)
+
+
 def verify_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Check that the folder holds exactly the files of the manifest, byte for byte.
 
@@ -229,8 +240,15 @@ def verify_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     if extra:
         raise BundleError(f"{folder / extra[0]} is not listed in the manifest ({len(extra)} such in all); remove it or export the bundle again")
     for name, facts in manifest.files.items():
-        path = folder / name
-        _compare(path, facts, path.stat().st_size, lambda path=path: _sha256(path))  # type: ignore[misc]
+        _verify_file(folder / name, facts)
+
+
+def _verify_file(path: Path, facts: FileFacts) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
+    _compare(path, facts, size, lambda: _sha256(path))
 
 
 def _compare(path: Path, facts: FileFacts, size: int, sha256: Callable[[], str]) -> None:

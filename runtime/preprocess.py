@@ -31,7 +31,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 # A resized picture may have this many pixels before its crop: more comes only from absurd aspect ratios.
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
 
-ImageSource: TypeAlias = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray]
+ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(source: ImageSource | bytes) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """A path, encoded bytes, PIL picture or uint8 array as an RGB picture.
 
     Args:
@@ -173,10 +173,13 @@ def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessCo
     return normalise(pixels, config)
 
 
+def is_one(images: Any) -> bool:
+    """Whether this is one picture: a path, encoded bytes, a PIL picture or an array of two or three dimensions."""
+    if isinstance(images, np.ndarray):
+        return images.ndim != 4
+    return isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "resize")
+
+
 def as_list(images: Any) -> list[Any]:
     """One picture or many as a list; a uint8 array of four dimensions counts as many."""
-    if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "resize"):
-        return [images]
-    return list(images)
+    return [images] if is_one(images) else list(images)

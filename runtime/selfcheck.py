@@ -1,0 +1,194 @@
+"""Golden inputs: pictures and texts whose pixels, tokens and embeddings travel with the bundle, rerun on this machine.
+
+A driver, a library version or a processor that quietly computes something else shows here, before an application does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.backends import BACKENDS
+from runtime.encoder import open_artefact, run_batches
+from runtime.errors import BundleError, ClipError
+from runtime.manifest import Artefact, Manifest, read_file, read_manifest, verify_artefact
+from runtime.preprocess import preprocess
+from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PIXEL_TOLERANCE = 1e-6
+VECTORS = "golden/golden.safetensors"
+INDEX = "golden/golden.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """The golden inputs and what the checkpoint (fp32) makes of them.
+
+    Attributes:
+        images: encoded pictures (PNG bytes), N of them.
+        texts: N texts; text n belongs to picture n.
+        pixels: float32 (N, 3, H, W). tokens: int32 (N, T).
+        image_embedding, text_embedding: float32 (N, D), unit norm.
+    """
+
+    images: list[bytes]
+    texts: list[str]
+    pixels: np.ndarray
+    tokens: np.ndarray
+    image_embedding: np.ndarray
+    text_embedding: np.ndarray
+
+
+def write_golden(
+    folder: str | os.PathLike[str],
+    *,
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    pixels: np.ndarray,
+    tokens: np.ndarray,
+    image_embedding: np.ndarray,
+    text_embedding: np.ndarray,
+) -> dict[str, Any]:
+    """Write `golden/` into a bundle that is being made; call it before `write_manifest`.
+
+    Args:
+        folder: the bundle.
+        images: N RGB pictures, stored losslessly as golden/00.png … (their `preprocess` must be `pixels`).
+        texts, pixels, tokens, image_embedding, text_embedding: as in `Golden`.
+
+    Returns:
+        The manifest's `golden` entry.
+    """
+    from safetensors.numpy import save
+
+    folder = Path(folder)
+    (folder / "golden").mkdir(parents=True, exist_ok=True)
+    names = [f"golden/{n:02d}.png" for n in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        image.convert("RGB").save(folder / name)
+    arrays = {"pixels": pixels, "tokens": tokens, "image_embedding": image_embedding, "text_embedding": text_embedding}
+    if {len(value) for value in arrays.values()} != {len(images)} or len(texts) != len(images):
+        counts = {name: len(value) for name, value in arrays.items()}
+        raise BundleError(f"golden inputs differ in number: {len(images)} pictures, {len(texts)} texts, {counts}")
+    typed = {name: np.ascontiguousarray(value, np.int32 if name == "tokens" else np.float32) for name, value in arrays.items()}
+    (folder / VECTORS).write_bytes(save(typed))
+    (folder / INDEX).write_text(json.dumps({"images": names, "texts": list(texts)}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {"n": len(images), "index": INDEX, "vectors": VECTORS}
+
+
+def read_golden(folder: str | os.PathLike[str], manifest: Manifest) -> Golden:
+    """Read `golden/`, every file checked against the manifest.
+
+    Raises:
+        BundleError: missing, changed or of other shapes than the manifest says.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        index = json.loads(read_file(folder, manifest, INDEX))
+        arrays = load(read_file(folder, manifest, VECTORS))
+        names, texts = [str(name) for name in index["images"]], [str(text) for text in index["texts"]]
+        n, size = len(names), manifest.image.image_size
+        shapes = {
+            "pixels": (n, 3, size, size),
+            "tokens": (n, manifest.text.context_length),
+            "image_embedding": (n, manifest.embed_dim),
+            "text_embedding": (n, manifest.embed_dim),
+        }
+        found = {name: arrays[name].shape for name in shapes}
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BundleError(f"the golden inputs of {folder} cannot be read ({type(error).__name__}: {error}); export the bundle again") from error
+    if found != shapes or len(texts) != n or not n:
+        raise BundleError(f"the golden inputs of {folder} have shapes {found} and {len(texts)} texts; the manifest asks for {shapes}")
+    return Golden(images=[read_file(folder, manifest, name) for name in names], texts=texts, **{name: arrays[name] for name in shapes})
+
+
+def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefacts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the golden inputs through preprocessing, tokenizer and artefacts, and compare with the checkpoint.
+
+    Preprocessing must give the golden pixels (within 1e-6), the tokenizer the golden tokens exactly, and each ONNX
+    artefact embeddings whose least cosine reaches its threshold. Artefacts of targets that do not run here are judged by
+    the figure that their export recorded ("recorded"); refused ones are listed.
+
+    Args:
+        bundle: the folder. Its files must have been verified, or are so where they are opened here.
+        threads: as in `runtime.load`.
+        artefacts: ids to check; None = all.
+
+    Returns:
+        {"ok", "name", "n", "preprocess": {"ok", "max_abs"}, "tokenizer": {"ok", "rows_different"},
+        "artefacts": [{"id", "ok", "how": "run"|"recorded"|"refused", "cosine_min", "threshold", "reason", …}]}
+
+    Raises:
+        BundleError: the manifest or the golden inputs are unusable.
+    """
+    folder = Path(bundle)
+    manifest = read_manifest(folder, verify=False)
+    golden = read_golden(folder, manifest)
+    pixels = preprocess(golden.images, manifest.image.preprocess_config())
+    text = manifest.text
+    data = read_file(folder, manifest, "tokenizer.json")
+    tokens = Tokenizer.from_bytes(data, folder / "tokenizer.json", text.context_length, text.cleaning, text.pad_id)(golden.texts)
+    difference = float(np.abs(pixels - golden.pixels).max())
+    different = int((tokens != golden.tokens).any(axis=1).sum())
+    report: dict[str, Any] = {
+        "name": manifest.name,
+        "n": len(golden.texts),
+        "preprocess": {"ok": difference <= PIXEL_TOLERANCE, "max_abs": difference, "tolerance": PIXEL_TOLERANCE},
+        "tokenizer": {"ok": different == 0, "rows_different": different},
+        "artefacts": [_check(folder, manifest, artefact, golden, threads) for artefact in manifest.artefacts if artefacts is None or artefact.id in artefacts],
+    }
+    report["ok"] = report["preprocess"]["ok"] and report["tokenizer"]["ok"] and all(entry["ok"] for entry in report["artefacts"])
+    return report
+
+
+def _check(folder: Path, manifest: Manifest, artefact: Artefact, golden: Golden, threads: int | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "id": artefact.id,
+        "tower": artefact.tower,
+        "target": artefact.target,
+        "precision": artefact.precision,
+        "batch": artefact.batch,
+        "threshold": artefact.cosine_threshold,
+        "reason": artefact.reason,
+    }
+    recorded = (artefact.parity or {}).get("cosine_min")
+    if artefact.status == "refused":
+        return {**entry, "ok": True, "how": "refused", "cosine_min": recorded}
+    if artefact.target not in BACKENDS:
+        return _judge({**entry, "how": "recorded", "cosine_min": recorded})
+    inputs, wanted = (golden.pixels, golden.image_embedding) if artefact.tower == "image" else (golden.tokens, golden.text_embedding)
+    try:
+        verify_artefact(folder, manifest, artefact)
+        found = run_batches(open_artefact(folder, manifest, artefact, threads), artefact, inputs, manifest.embed_dim)
+    except ClipError as error:
+        return {**entry, "ok": False, "how": "run", "cosine_min": None, "reason": str(error)}
+    norms = np.linalg.norm(found, axis=1)
+    cosines = (found.astype(np.float64) * wanted).sum(axis=1) / np.maximum(norms * np.linalg.norm(wanted, axis=1), 1e-12)
+    figures = {
+        "cosine_min": float(cosines.min()),
+        "cosine_mean": float(cosines.mean()),
+        "max_abs": float(np.abs(found - wanted).max()),
+        "norm_error": float(np.abs(norms - 1).max()),
+        "recorded_cosine_min": recorded,
+    }
+    return _judge({**entry, "how": "run", **figures})
+
+
+def _judge(entry: dict[str, Any]) -> dict[str, Any]:
+    value, least = entry["cosine_min"], entry["threshold"]
+    good = value is not None and value >= least
+    reason = None if good else f"its least cosine to the checkpoint is {value}, expected at least {least}"
+    if good and entry.get("norm_error", 0.0) > 1e-2:
+        good, reason = False, f"its embeddings have norms that differ from 1 by up to {entry['norm_error']:.3f}"
+    return {**entry, "ok": good, "reason": reason if reason else entry["reason"]}
