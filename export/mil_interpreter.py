@@ -49,7 +49,7 @@ class MilProgram:
         unknown = [kind for kind in self.operation_counts() if kind not in OPERATIONS]
         if unknown:
             raise UnknownOperationError(
-                f"the Core ML program {name} uses the operation{'s' if len(unknown) > 1 else ''} {', '.join(sorted(unknown))}, which the interpreter does not know, "
+                f"the Core ML program {name} uses the operation {', '.join(sorted(unknown))}, which the interpreter does not know, "
                 "so its parity cannot be shown here; add it to export/mil_operations.py with a test against torch"
             )
         self._constants: dict[str, Any] = {}
@@ -74,7 +74,9 @@ class MilProgram:
         model = ct.models.MLModel(str(path), skip_model_load=True)
         specification = model.get_spec()
         if specification.WhichOneof("Type") != "mlProgram":
-            raise BundleError(f"{path.name} holds a {specification.WhichOneof('Type')}, expected an ML program; convert it again with a deployment target of iOS 15 or later")
+            raise BundleError(
+                f"{path.name} holds a {specification.WhichOneof('Type')}, expected an ML program; convert it again with a deployment target of iOS 15 or later"
+            )
         program = milproto.load(specification, specification.specificationVersion, model.weights_dir)
         return cls(program, name=path.name, half=half)
 

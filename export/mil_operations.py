@@ -234,7 +234,13 @@ def _pool_arguments(x: Tensor, kernel_sizes: Any, strides: Any, pad_type: str, p
 
 @_operation("avg_pool")
 def avg_pool(
-    x: Tensor, kernel_sizes: Any, strides: Any = None, pad_type: str = "valid", pad: Any = None, exclude_padding_from_average: bool = False, ceil_mode: bool = False
+    x: Tensor,
+    kernel_sizes: Any,
+    strides: Any = None,
+    pad_type: str = "valid",
+    pad: Any = None,
+    exclude_padding_from_average: bool = False,
+    ceil_mode: bool = False,
 ) -> Tensor:
     padded, kernel, steps = _pool_arguments(x, kernel_sizes, strides, pad_type, pad, 0.0)
     function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]

@@ -117,7 +117,9 @@ def check_constants(program: MilProgram, name: str) -> None:
     """Raise ParityError for a float constant that float16 cannot hold."""
     for constant, array in program.constants().items():
         if array.dtype.kind == "f" and array.size and not np.abs(array).max() <= HALF_MAX:
-            raise ParityError(f"{name}: the constant {constant} holds {np.abs(array).max():g}, beyond float16's {HALF_MAX:g}; use a finite mask such as -1e4 in the model")
+            raise ParityError(
+                f"{name}: the constant {constant} holds {np.abs(array).max():g}, beyond float16's {HALF_MAX:g}; use a finite mask such as -1e4 in the model"
+            )
 
 
 def evaluate(program: MilProgram, inputs: np.ndarray) -> np.ndarray:

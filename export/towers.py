@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime.errors import PairsError
+
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 INPUT_NAMES: dict[str, str] = {"image": "image", "text": "tokens"}
@@ -132,13 +134,27 @@ def choose_rows(count: int, wanted: Sequence[int], seed: int) -> list[np.ndarray
     return sets
 
 
-def read_samples(pairs: Any, rows: Sequence[int] | np.ndarray, preprocess_config: Any, tokenizer: Any) -> Samples:
-    """Read, preprocess and tokenise rows of a pairs folder (`runtime.pairs`); a picture that does not decode raises its ImageError."""
+def read_samples(pairs: Any, rows: Sequence[int] | np.ndarray, preprocess_config: Any, tokenizer: Any) -> tuple[Samples, list[str]]:
+    """Read, preprocess and tokenise rows of a pairs folder (`runtime.pairs`).
+
+    Returns:
+        The samples, and one sentence for each row left out because its picture does not decode or it has no caption.
+    """
     from runtime.preprocess import preprocess
 
-    pixels = np.concatenate([preprocess([pairs.image(int(i))], preprocess_config) for i in rows])
-    captions = tuple(pairs.caption(int(i)) for i in rows)
-    return Samples(keys=tuple(pairs.keys[int(i)] for i in rows), captions=captions, pixels=pixels, tokens=tokenizer(list(captions)))
+    keys, captions, pixels, skipped = [], [], [], []
+    for row in rows:
+        try:
+            caption = pairs.caption(int(row))
+            pixels.append(preprocess([pairs.image(int(row))], preprocess_config))
+        except PairsError as error:
+            skipped.append(str(error))
+            continue
+        keys.append(pairs.keys[int(row)])
+        captions.append(caption)
+    if not pixels:
+        raise PairsError(f"none of the {len(rows)} pairs chosen can be used; the first problem: {skipped[0] if skipped else 'there are no pairs'}")
+    return Samples(keys=tuple(keys), captions=tuple(captions), pixels=np.concatenate(pixels), tokens=tokenizer(captions)), skipped
 
 
 @torch.no_grad()

@@ -1,0 +1,260 @@
+"""`mclip export`: a checkpoint becomes a bundle whose every artefact was compared with it.
+
+The bundle is made in a hidden folder beside its place and moved there as the last step, so an interrupted or failed export
+leaves the bundle that stood there as it was; running the same command again starts over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from export.artefacts import PRECISIONS, TARGETS, Maker
+from export.latency_gate import processor
+from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples, text_encoder
+from export.verify import reference_of, spread
+from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
+from mobileclip.config import ModelConfig
+from mobileclip.reparameterize import reparameterize
+from runtime.errors import BundleError, CheckpointError, RecipeError
+from runtime.manifest import ImageSpec, Manifest, TextSpec, write_manifest
+from runtime.pairs import Pairs, open_pairs
+from runtime.preprocess import PreprocessConfig, preprocess
+from runtime.selfcheck import write_golden
+
+_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "coremltools", "tensorrt-rtx-cu13", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Settings of `mclip export`."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Checkpoint folder."""
+    bundle: Annotated[Path, tyro.conf.Positional]
+    """Bundle folder to make; a bundle that stands there is replaced when the new one is complete."""
+    pairs: Path
+    """Pairs folder: golden pictures, calibration and comparison come from it. Not the test split."""
+    target: str = "onnx"
+    """Comma-separated: onnx, coreml, tensorrt, or all."""
+    precision: str = "fp32,fp16,int8"
+    """Comma-separated: fp32, fp16, int8. onnx takes fp32 (always) and int8, coreml fp16, tensorrt fp16 or else fp32."""
+    samples: int = 256
+    """Pairs that artefacts are compared on."""
+    calibration: int = 64
+    """Pairs that static int8 takes its ranges from."""
+    golden: int = 16
+    """Pairs that travel with the bundle for self-checks."""
+    seed: int = 0
+    """Which pairs are chosen."""
+    name: str | None = None
+    """Name of the bundle; the model's when left out."""
+    licence: tuple[str, ...] = ()
+    """Further licence lines beside the checkpoint's own."""
+    languages: tuple[str, ...] = ("en",)
+    """BCP-47 tags of the captions that the model was trained on."""
+    json: bool = False
+    """Print one JSON object at the end."""
+
+
+def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line: None) -> Manifest:
+    """Make a bundle and return its manifest.
+
+    Raises:
+        RecipeError: a target or precision that does not exist, or two that do not fit.
+        CheckpointError, PairsError: an input is missing or damaged.
+        ParityError: a float artefact does not compute what the checkpoint computes, or the comparison would be empty.
+        BundleError: the place of the bundle is taken by something else.
+    """
+    targets, precisions = parse_targets(config.target, config.precision)
+    _check_numbers(config)
+    place = Path(os.path.abspath(config.bundle))
+    _check_place(place)
+    receipt = verify_receipt(config.checkpoint) if config.checkpoint.is_dir() else None
+    if receipt is None:
+        raise CheckpointError(f"there is no checkpoint at '{config.checkpoint}'; expected a folder written by mclip train or mclip compress")
+    model = load_checkpoint(config.checkpoint, verify=False)
+    tokenizer = open_tokenizer(config.checkpoint, model.config)
+    pixels = preprocess_config(model.config)
+    pairs = open_pairs(config.pairs)
+    compared, calibrated, golden = choose_rows(len(pairs), (config.samples, config.calibration, config.golden), config.seed)
+    samples, skipped = read_samples(pairs, compared, pixels, tokenizer)
+    calibration, more = read_samples(pairs, calibrated, pixels, tokenizer)
+    for line in (*skipped, *more):
+        say(f"left out: {line}")
+    say(f"checkpoint {model.config.name}: comparing on {len(samples)} pairs, calibrating on {len(calibration)}")
+    reference = reference_of(model, samples)
+    folded, report = (model, None) if model.config.folded else reparameterize(model)
+    if report is not None:
+        say(f"reparameterised: {report.parameters_before:,} to {report.parameters_after:,} parameters, largest difference {report.max_abs:.1e}")
+
+    work = place.parent / f".{place.name}.partial"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _recover(place)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        maker = Maker(
+            model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets, precisions=precisions, say=say
+        )  # fmt: skip
+        artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
+        shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
+        facts = _write_golden(work, model, pairs, golden, pixels, tokenizer)
+        manifest = Manifest(
+            name=config.name or model.config.name,
+            embed_dim=model.config.embed_dim,
+            image=_image_spec(pixels),
+            text=_text_spec(model.config),
+            logit_scale=float(model.logit_scale.detach().exp()),
+            languages=config.languages,
+            artefacts=tuple(artefacts),
+            golden=facts,
+            licences=(model.config.licence, *model.config.sources, *config.licence),
+            provenance={
+                "checkpoint_sha256": receipt["files"]["model.safetensors"]["sha256"],
+                "parameters": sum(p.numel() for p in folded.parameters()),
+                "reparameterised": None if report is None else dataclasses.asdict(report),
+                "samples": _provenance(pairs, compared, config.seed, spread={tower: spread(reference.of(tower)) for tower in TOWERS}),
+                "calibration": _provenance(pairs, calibrated, config.seed),
+                "tensorrt": maker.builds,
+                "tools": _versions(),
+                "cpu": processor(),
+            },
+        )
+        manifest = write_manifest(work, manifest)
+        _move(work, place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def parse_targets(target: str, precision: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Comma-separated lists to tuples; raises RecipeError naming what is unknown or does not fit."""
+    wanted = [name.strip() for name in target.split(",") if name.strip()]
+    targets = TARGETS if "all" in wanted else tuple(dict.fromkeys(wanted))
+    precisions = tuple(dict.fromkeys(name.strip() for name in precision.split(",") if name.strip()))
+    for kind, names, known in (("target", targets, TARGETS), ("precision", precisions, PRECISIONS)):
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise RecipeError(f"unknown {kind} '{', '.join(unknown)}'; expected some of {', '.join(known)}{', or all' if kind == 'target' else ''}")
+    if "coreml" in targets and "fp16" not in precisions:
+        raise RecipeError(f"target coreml is made in fp16, but the precisions are {', '.join(precisions)}; add fp16 or leave the target out")
+    if "onnx" in targets and not {"fp32", "int8"} & set(precisions):
+        raise RecipeError(f"target onnx is made in fp32 and int8, but the precisions are {', '.join(precisions)}; add fp32 or leave the target out")
+    return targets, precisions
+
+
+def _check_numbers(config: ExportConfig) -> None:
+    for name, least in (("samples", 4), ("calibration", 1), ("golden", 1)):
+        if getattr(config, name) < least:
+            raise RecipeError(f"--{name} is {getattr(config, name)}, expected at least {least}")
+
+
+def _check_place(place: Path) -> None:
+    """Never replace a folder that is no bundle."""
+    if place.exists() and not (place / "manifest.json").is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise BundleError(f"'{place.name}' exists and is not a bundle; give another place or remove it")
+
+
+def _write_golden(work: Path, model: Any, pairs: Pairs, rows: np.ndarray, config: PreprocessConfig, tokenizer: Any) -> dict[str, Any]:
+    samples, _ = read_samples(pairs, rows, config, tokenizer)
+    order = {key: i for i, key in enumerate(pairs.keys)}
+    pictures = [_at_most(pairs.image(order[key]), 2 * config.image_size) for key in samples.keys]
+    pixels = preprocess(pictures, config)
+    return write_golden(
+        work,
+        images=pictures,
+        texts=samples.captions,
+        pixels=pixels,
+        tokens=samples.tokens,
+        image_embedding=embed(image_encoder(model), pixels),
+        text_embedding=embed(text_encoder(model), samples.tokens),
+    )
+
+
+def _at_most(picture: Image.Image, short_side: int) -> Image.Image:
+    """The picture, shrunk when it is much larger than the model's input: golden files are for numbers, not for looking at."""
+    shortest = min(picture.size)
+    if shortest <= short_side:
+        return picture
+    return picture.resize(tuple(max(1, round(side * short_side / shortest)) for side in picture.size), Image.Resampling.BICUBIC)
+
+
+def _image_spec(config: PreprocessConfig) -> ImageSpec:
+    return ImageSpec(image_size=config.image_size, mean=config.mean, std=config.std, interpolation=config.interpolation, crop_pct=config.crop_pct)
+
+
+def _text_spec(config: ModelConfig) -> TextSpec:
+    text = config.text
+    return TextSpec(context_length=text.context_length, vocab_size=text.vocab_size, pad_id=text.pad_id, mask=text.mask, cleaning=text.cleaning)
+
+
+def _provenance(pairs: Pairs, rows: np.ndarray, seed: int, **more: Any) -> dict[str, Any]:
+    keys = "\n".join(pairs.keys[int(row)] for row in rows)
+    return {"n": len(rows), "seed": seed, "keys_sha256": hashlib.sha256(keys.encode()).hexdigest(), **more}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _old(place: Path) -> Path:
+    return place.parent / f".{place.name}.old"
+
+
+def _recover(place: Path) -> None:
+    """Undo a move that was killed between its two renames."""
+    old = _old(place)
+    if old.exists() and not place.exists():
+        os.replace(old, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(work: Path, place: Path) -> None:
+    """Put the finished bundle in its place; the old one exists whole until the new one stands."""
+    old = _old(place)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(work, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: list[str]) -> int:
+    """`mclip export CHECKPOINT BUNDLE --pairs PAIRS`."""
+    config = tyro.cli(ExportConfig, args=argv, prog="mclip export", description="Export a checkpoint to a proven bundle.")
+    started = time.perf_counter()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"[{time.perf_counter() - started:6.1f} s] {line}\n")
+        sys.stderr.flush()
+
+    manifest = export_bundle(config, say)
+    total = sum(facts.bytes for facts in manifest.files.values())
+    say(f"bundle {config.bundle}: {sum(a.status == 'proven' for a in manifest.artefacts)} artefacts proven, {total / 1e6:.1f} MB")
+    if config.json:
+        sys.stdout.write(json.dumps({"bundle": str(config.bundle), "seconds": time.perf_counter() - started, **_summary(manifest)}) + "\n")
+    return 0
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    return {"name": manifest.name, "artefacts": [dataclasses.asdict(artefact) for artefact in manifest.artefacts]}

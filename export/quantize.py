@@ -1,0 +1,138 @@
+"""int8 ONNX with ONNX Runtime's quantiser: dynamic for matrix products, static with Q/DQ pairs for convolutions.
+
+Convolutions and linear layers become int8, with one weight scale per output channel; residual additions, norms and softmax
+stay float. A token table is cut to int8 with one scale per row. Whether the result is worth shipping is not decided here:
+`verify` and `latency_gate` measure it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from export.to_onnx import quiet, strip
+from runtime.errors import ParityError
+
+
+def quantize_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+    """MatMul and Gemm to int8 weights per channel with activation ranges taken at run time; token tables to int8 per row.
+
+    Convolutions are left alone: ONNX Runtime's ConvInteger is several times slower than its float convolution.
+
+    Raises:
+        ParityError: there is nothing to quantise.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import quantize_dynamic as quantise
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, source)
+        with quiet("root"):
+            quantise(source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
+        quantised = onnx.load(target)
+    if not any(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in quantised.graph.node):
+        raise ParityError("dynamic int8 found no matrix product with constant weights to quantise; use static int8 for a tower of convolutions")
+    quantize_tables(quantised)
+    strip(quantised)
+    return quantised
+
+
+def quantize_tables(model: onnx.ModelProto, least_rows: int = 256) -> int:
+    """Replace, in place, each float table that a Gather reads by rows with an int8 table and a scale per row; returns how many.
+
+    A row's largest component becomes 127, so rare tokens with small rows keep their digits.
+    """
+    tables = {item.name: item for item in model.graph.initializer if item.data_type == TensorProto.FLOAT and len(item.dims) == 2 and item.dims[0] >= least_rows}
+    readers = {name: [node for node in model.graph.node if name in node.input] for name in tables}
+    done = 0
+    for name, nodes in readers.items():
+        if not nodes or any(node.op_type != "Gather" or node.input[0] != name or _axis(node) != 0 for node in nodes):
+            continue
+        table = numpy_helper.to_array(tables[name])
+        scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12).astype(np.float32) / 127
+        rounded = np.clip(np.rint(table / scale), -127, 127).astype(np.int8)
+        model.graph.initializer.remove(tables[name])
+        model.graph.initializer.extend([numpy_helper.from_array(rounded, f"{name}_int8"), numpy_helper.from_array(scale, f"{name}_scale")])
+        for node in nodes:
+            place = list(model.graph.node).index(node)
+            index, out = node.input[1], node.output[0]
+            model.graph.node.remove(node)
+            replacement = [
+                helper.make_node("Gather", [f"{name}_int8", index], [f"{out}_int8"], name=f"{out}_rows"),
+                helper.make_node("Cast", [f"{out}_int8"], [f"{out}_float"], name=f"{out}_cast", to=TensorProto.FLOAT),
+                helper.make_node("Gather", [f"{name}_scale", index], [f"{out}_scale"], name=f"{out}_scales"),
+                helper.make_node("Mul", [f"{out}_float", f"{out}_scale"], [out], name=f"{out}_scaled"),
+            ]
+            for offset, new in enumerate(replacement):
+                model.graph.node.insert(place + offset, new)
+        done += 1
+    return done
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+
+
+class _Reader:
+    """Feeds calibration rows one at a time (ONNX Runtime's CalibrationDataReader, by duck type)."""
+
+    def __init__(self, name: str, rows: np.ndarray) -> None:
+        self.name, self.rows, self.place = name, rows, 0
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        if self.place >= len(self.rows):
+            return None
+        self.place += 1
+        return {self.name: self.rows[self.place - 1 : self.place]}
+
+    def rewind(self) -> None:
+        self.place = 0
+
+
+def quantize_static(model: onnx.ModelProto, calibration: np.ndarray, *, symmetric: bool = False) -> onnx.ModelProto:
+    """Convolutions and linear layers to int8 with Q/DQ pairs; ranges are the least and largest values over the calibration rows.
+
+    Args:
+        model: float32, batch dynamic or 1.
+        calibration: (N, …) float32 inputs of the model; real pictures, not noise.
+        symmetric: int8 activations around zero and float biases, the form that NVIDIA's parser takes; slower in ONNX Runtime.
+
+    Raises:
+        ParityError: no calibration rows, or nothing to quantise.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_static as quantise
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if len(calibration) == 0:
+        raise ParityError("static int8 needs calibration inputs and got none; give pairs with pictures")
+    extra: dict[str, Any] = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if symmetric else {}
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared, target = (Path(folder) / f"{name}.onnx" for name in ("float", "prepared", "int8"))
+        onnx.save(model, source)
+        with quiet("root"):
+            # Symbolic shape inference fails on the dynamo exporter's Expand; ONNX's own is enough here.
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            quantise(
+                prepared,
+                target,
+                _Reader(model.graph.input[0].name, calibration),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm", "Clip", "Relu"],
+                per_channel=True,
+                activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                extra_options=extra,
+            )
+        quantised = onnx.load(target)
+    if not any(node.op_type == "DequantizeLinear" for node in quantised.graph.node):
+        raise ParityError("static int8 found nothing to quantise in the graph")
+    strip(quantised)
+    return quantised

@@ -1,0 +1,75 @@
+"""A pocket-size checkpoint with calibrated statistics and a pairs folder of structured pictures, made once a session."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mobileclip.checkpoint import save_checkpoint
+from mobileclip.config import ModelConfig, preset
+from mobileclip.model import ImageTextModel
+from mobileclip.reparameterize import structured_images
+from runtime.pairs import write_shard
+
+torch.set_num_threads(1)
+
+WORDS = "red blue green tall small round old new quiet loud cat dog house boat tree star heart clock flag fish".split()
+
+
+def calibrated(config: ModelConfig, seed: int = 0) -> ImageTextModel:
+    """A random model whose embeddings differ between pictures: fresh batch norm statistics would make them all equal."""
+    torch.manual_seed(seed)
+    model = ImageTextModel(config)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+    model.train()
+    with torch.no_grad():
+        model.image(structured_images(48, config.image.image_size, seed=5))
+        for parameter in model.text.parameters():  # larger than at initialisation, so that texts differ too
+            if parameter.ndim > 1:
+                parameter.mul_(1.5)
+    return model.eval()
+
+
+def pictures(count: int, size: int, seed: int = 1) -> list[Image.Image]:
+    values = (structured_images(count, size, seed=seed) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(value) for value in values]
+
+
+def captions(count: int, seed: int = 2) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(2, 6))) for _ in range(count)]
+
+
+def write_pairs(folder: Path, count: int = 48, size: int = 80) -> Path:
+    folder.mkdir(parents=True)
+    members = []
+    for n, (picture, caption) in enumerate(zip(pictures(count, size), captions(count), strict=True)):
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        members.append((f"p{n:04d}", {"png": data.getvalue(), "txt": caption.encode()}))
+    write_shard(folder / "00000.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pocket() -> ImageTextModel:
+    return calibrated(preset("pocket_s"))
+
+
+@pytest.fixture(scope="session")
+def pocket_checkpoint(pocket, tmp_path_factory) -> Path:
+    return save_checkpoint(pocket, tmp_path_factory.mktemp("checkpoint") / "pocket")
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "validation")
