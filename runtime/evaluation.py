@@ -225,7 +225,7 @@ def zero_shot(
 
 def _class_vector(encoder: Encoder, name: str, prompts: Sequence[str]) -> np.ndarray:
     spoken = name.replace("-", " and ")
-    embeddings = _unit(np.asarray(encoder.encode_text([prompt.format(spoken) for prompt in prompts]), np.float64))
+    embeddings = _unit(np.asarray(encoder.encode_text([prompt.replace("{}", spoken) for prompt in prompts]), np.float64))
     return _unit(embeddings.mean(axis=0, keepdims=True))[0]
 
 
