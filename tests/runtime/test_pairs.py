@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -171,8 +172,6 @@ def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
 
 def test_compressed_shards_are_refused_with_what_to_do(tmp_path: Path) -> None:
     path = shard(tmp_path)
-    import gzip
-
     packed = gzip.compress(path.read_bytes())
     path.write_bytes(packed)
     assert "gunzip" in refused(tmp_path)
@@ -223,9 +222,10 @@ def test_any_extended_header_is_read_or_refused(tmp_path: Path, records: bytes) 
     (tmp_path / "a.tar").write_bytes(head + shard(tmp_path, "b.tar").read_bytes())
     (tmp_path / "b.tar").unlink()
     try:
-        assert len(open_pairs(tmp_path)) >= 1
-    except PairsError as error:
-        assert "a.tar" in str(error)
+        found = len(open_pairs(tmp_path))
+    except PairsError:
+        return  # the point: nothing else is raised
+    assert found >= 1
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
