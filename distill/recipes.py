@@ -1,0 +1,99 @@
+"""Named training recipes. A recipe is a function that returns the settings of a run; the command that runs it is its first line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a student learns. Loss weights multiply the losses of `distill.losses`; a weight of 0 leaves the loss uncomputed."""
+
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    """Peak, reached after the warm-up, falling to zero along a cosine."""
+    warmup: float = 0.05
+    """Share of the steps."""
+    weight_decay: float = 0.1
+    """On matrices and kernels only."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    """Gradients are scaled down to at most this norm."""
+    ema_decay: float = 0.998
+    """Of the weights that are kept; ramps up from (1 + step) / (10 + step)."""
+    contrastive: float = 1.0
+    affinity: float = 0.0
+    feature: float = 0.0
+    caption_types: tuple[str, ...] = ("raw",)
+    """Stored captions to draw from; an empty tuple draws any."""
+    text_samples: int = 0
+    """Captions seen by the text tower alone, before the pairs: it learns the teachers' text embeddings (no pictures)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or not 0 < self.learning_rate < 1 or not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
+            raise RecipeError(
+                f"recipe has batch_size {self.batch_size}, learning_rate {self.learning_rate}, warmup {self.warmup}, ema_decay {self.ema_decay}; "
+                "expected batch_size >= 2 and the others within [0, 1)"
+            )
+        if min(self.contrastive, self.affinity, self.feature) < 0 or self.contrastive + self.affinity + self.feature == 0:
+            raise RecipeError("a recipe's loss weights must not be negative, and one of contrastive, affinity and feature must be above 0")
+
+    @property
+    def reinforced(self) -> bool:
+        """True when the recipe reads teachers' embeddings."""
+        return self.affinity > 0 or self.feature > 0 or self.text_samples > 0
+
+
+def plain() -> Recipe:
+    """mclip train --pairs P --store S --out CKPT --recipe plain
+
+    No knowledge but the pairs themselves: the contrastive loss on the pair's own caption, as CLIP is trained.
+    """
+    return Recipe()
+
+
+def reinforced() -> Recipe:
+    """mclip train --pairs P --store S --out CKPT --recipe reinforced
+
+    The stored ensemble does the teaching: features first, affinities and contrast beside them, all stored captions.
+    """
+    return Recipe(contrastive=0.1, affinity=1.0, feature=8.0, caption_types=(), text_samples=20_000)
+
+
+def recovery() -> Recipe:
+    """mclip compress CKPT OUT ... uses this after pruning: the reinforced losses, gently, without the text-only start."""
+    return dataclasses.replace(reinforced(), learning_rate=1e-3, text_samples=0)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"plain": plain, "reinforced": reinforced, "recovery": recovery}
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a JSON file with the fields of `Recipe` (those left out keep their defaults).
+
+    Raises:
+        RecipeError: no such name or file, or a field that a recipe does not have.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    path = Path(name)
+    if path.suffix != ".json":
+        raise RecipeError(f"unknown recipe '{name}'; known are {', '.join(RECIPES)}, or give the path of a .json file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe file '{name}' cannot be read: {error}") from None
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(data, dict) or set(data) - known:
+        wrong = sorted(set(data) - known) if isinstance(data, dict) else "no object"
+        raise RecipeError(f"recipe file '{name}' has {wrong}; a recipe is a JSON object with the fields {', '.join(sorted(known))}")
+    try:
+        return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    except TypeError as error:
+        raise RecipeError(f"recipe file '{name}' has a value of the wrong type: {error}") from None
