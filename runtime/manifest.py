@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,6 +72,7 @@ class Artefact:
         path: file or package folder inside the bundle; None when refused.
         parity: figures against the checkpoint in fp32 (cosine_min, cosine_p1, cosine_mean, max_abs, rank_agreement,
             recall1_change, n); further keys are kept.
+        bytes: size of its file, or of all files of its package; `write_manifest` fills it in.
         latency: measured figures; `p50_ms` (one input, batch 1) decides which artefact `runtime.load` picks.
         threshold: least `cosine_min`; None = `COSINE_MIN` of the precision.
     """
@@ -174,7 +175,8 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
     """
     folder = Path(folder)
     files = {name: FileFacts(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(_walk(folder))}
-    manifest = replace(manifest, files=files)
+    artefacts = tuple(replace(a, bytes=sum(files[name].bytes for name in artefact_files(a, files)) if a.path else None) for a in manifest.artefacts)
+    manifest = replace(manifest, files=files, artefacts=artefacts)
     document = {key: value for key, value in asdict(manifest).items()}
     document["manifest_sha256"] = "0" * 64
     try:
@@ -220,9 +222,13 @@ def verify_artefact(folder: str | os.PathLike[str], manifest: Manifest, artefact
     Raises:
         BundleError: missing or changed.
     """
-    for name, facts in manifest.files.items():
-        if name == artefact.path or name.startswith(f"{artefact.path}/"):
-            _verify_file(Path(folder) / name, facts)
+    for name in artefact_files(artefact, manifest.files):
+        _verify_file(Path(folder) / name, manifest.files[name])
+
+
+def artefact_files(artefact: Artefact, files: Iterable[str]) -> list[str]:
+    """Which of the files are the artefact's: one file, or everything inside its package folder; none when refused."""
+    return [name for name in files if name == artefact.path or name.startswith(f"{artefact.path}/")]
 
 
 def verify_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -433,8 +439,10 @@ def _check_artefact(artefact: Artefact, manifest: Manifest, must: Callable[[bool
     if artefact.path is None or not _inside(artefact.path):
         must(False, f"{name} is proven, so it needs a path inside the bundle, not '{artefact.path}'")
         return
-    parts = [file for file in manifest.files if file == artefact.path or file.startswith(artefact.path + "/")]
+    parts = artefact_files(artefact, manifest.files)
     must(bool(parts), f"{name} names '{artefact.path}', which is not among the files")
+    size = sum(manifest.files[part].bytes for part in parts)
+    must(artefact.bytes == size, f"{name} says it has {artefact.bytes} bytes, its files have {size}")
     cosine = (artefact.parity or {}).get("cosine_min")
     must(type(cosine) in (int, float), f"{name} is proven, so its parity needs the field 'cosine_min'")
 
