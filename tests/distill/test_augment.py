@@ -95,8 +95,8 @@ def test_fewer_operations_leave_identity() -> None:
 
 def test_the_same_bytes_give_the_same_view_at_every_size() -> None:
     rng, large, small = np.random.default_rng(5), smooth_picture(256), smooth_picture(128)
-    # Left out: Sharpness reaches one pixel at any size, Equalize and Posterize turn a difference of one grey level into many.
-    weights = tuple(float(name not in ("Sharpness", "Equalize", "Posterize")) for name in OPERATIONS)
+    # Left out: Sharpness reaches one pixel at any size, the last four make much of a difference of one grey level.
+    weights = tuple(float(index < OPERATIONS.index("Sharpness")) for index in range(len(OPERATIONS)))
     spec = AugmentSpec(flip=0.5, weights=weights, rotate=45, shear=0.3, translate=0.4)
     for _ in range(60):
         packed = augment.sample_parameters(rng, spec, (256, 256))

@@ -1,0 +1,261 @@
+"""Teachers: what turns views and texts into the embeddings that a store keeps.
+
+A teacher is named by one string:
+
+    path/to/checkpoint            a checkpoint folder of ours
+    open_clip:NAME[/PRETRAINED]   an open_clip model; without PRETRAINED its weights are random (tests, timing)
+    module:function               a callable without arguments that returns any object with the attributes of `Teacher`
+
+Shapes: B = batch, S = the teacher's image size, D = its dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from distill.store import TeacherFacts, unit
+from runtime.errors import CheckpointError, MissingExtraError, RecipeError, StoreError
+from runtime.preprocess import PreprocessConfig, normalise, preprocess
+
+logger = logging.getLogger(__name__)
+
+MICRO_BATCH = 16
+"""Pictures a forward pass: measured for EfficientNet-lite at 128 px on one core, 64 at once takes twice the time a picture."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What reinforcement needs. Both functions return float32 (B, D) of unit norm."""
+
+    facts: TeacherFacts
+    image_size: int
+
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+        """images: uint8 (B, S, S, 3) views of exactly the teacher's size, or pictures of any size (resized and cropped)."""
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """texts: any strings."""
+
+
+class TorchTeacher:
+    """A pair of torch towers with their preprocessing; evaluated in micro-batches, without gradients, convolutions folded."""
+
+    def __init__(
+        self, facts: TeacherFacts, config: PreprocessConfig, image: Callable[[Tensor], Tensor], text: nn.Module, project: nn.Module,
+        tokenize: Callable[[Sequence[str]], np.ndarray], trim: Callable[[Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        self.facts, self.config, self.image_size = facts, config, config.image_size
+        self._image, self._text, self._project, self._tokenize, self._trim = image, text, project, tokenize, trim
+        self.text_trunk = f"{state_hash(text)}:{facts.preprocessing.get('tokenizer', '')}"
+        """Equal for two teachers whose text towers differ in their projection only: their features are computed once."""
+
+    @torch.inference_mode()
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+        exact = isinstance(images, np.ndarray) and images.ndim == 4
+        pixels = normalise(images, self.config) if exact else preprocess(images, self.config)
+        if pixels.shape[-1] != self.image_size:
+            raise StoreError(f"teacher '{self.facts.name}' takes views of {self.image_size} px, was given {pixels.shape[-1]} px")
+        out = [
+            self._image(torch.from_numpy(pixels[start : start + MICRO_BATCH]).contiguous(memory_format=torch.channels_last)).numpy()
+            for start in range(0, len(pixels), MICRO_BATCH)
+        ]
+        return unit(np.concatenate(out)) if out else np.zeros((0, self.facts.dim), np.float32)
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Features before the projection, float32 (B, width)."""
+        if not texts:
+            return np.zeros((0, self.facts.dim), np.float32)
+        tokens = torch.from_numpy(self._tokenize(texts))
+        order = sorted(range(len(texts)), key=lambda n: (int((tokens[n] != tokens[n, -1]).sum()), n))
+        out: np.ndarray | None = None
+        for start in range(0, len(order), MICRO_BATCH):
+            chunk = order[start : start + MICRO_BATCH]
+            features = self._text(self._trim(tokens[chunk])).numpy()
+            out = np.empty((len(texts), features.shape[1]), np.float32) if out is None else out
+            out[chunk] = features
+        assert out is not None
+        return out
+
+    @torch.inference_mode()
+    def project_text(self, features: np.ndarray) -> np.ndarray:
+        """Features of `text_features` -> float32 (B, D), unit norm."""
+        return unit(self._project(torch.from_numpy(features)).numpy()) if len(features) else np.zeros((0, self.facts.dim), np.float32)
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        return self.project_text(self.text_features(texts))
+
+
+def encode_texts(teachers: Sequence[Teacher], texts: Sequence[str]) -> list[np.ndarray]:
+    """Embeddings of texts by every teacher, list of (B, D). Teachers that share a text trunk share its features."""
+    shared: dict[str, np.ndarray] = {}
+    out = []
+    for teacher in teachers:
+        if isinstance(teacher, TorchTeacher):
+            if teacher.text_trunk not in shared:
+                shared[teacher.text_trunk] = teacher.text_features(texts)
+            out.append(teacher.project_text(shared[teacher.text_trunk]))
+        else:
+            out.append(check_output(teacher, teacher.encode_text(texts), len(texts), "texts"))
+    return out
+
+
+def encode_views(teachers: Sequence[Teacher], views: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """Embeddings of views by every teacher, list of (B, D). views: per image size a uint8 (B, S, S, 3) array of the same views."""
+    return [check_output(teacher, teacher.encode_image(views[teacher.image_size]), len(views[teacher.image_size]), "views") for teacher in teachers]
+
+
+def check_output(teacher: Teacher, values: Any, count: int, what: str) -> np.ndarray:
+    """float32 (count, D), finite, unit norm. Raises StoreError for anything else that a foreign teacher returns."""
+    values = np.asarray(values, np.float32)
+    if values.shape != (count, teacher.facts.dim) or not np.isfinite(values).all():
+        raise StoreError(
+            f"teacher '{teacher.facts.name}' returned {values.shape} for {count} {what}, finite: {bool(np.isfinite(values).all())}; expected finite ({count}, {teacher.facts.dim})"
+        )
+    return unit(values)
+
+
+def open_teacher(spec: str) -> Teacher:
+    """A teacher by its string (see the top of this module).
+
+    Raises:
+        RecipeError: the string fits none of the three forms, or the callable does not return a teacher.
+        CheckpointError: a checkpoint or an open_clip name that cannot be loaded.
+    """
+    if spec.startswith("open_clip:"):
+        name, _, pretrained = spec.removeprefix("open_clip:").partition("/")
+        return _open_clip(name, pretrained or None)
+    if Path(spec).is_dir():
+        return _checkpoint(Path(spec))
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
+        return _callable(spec)
+    raise RecipeError(f"teacher '{spec}' is no checkpoint folder, no open_clip:NAME[/PRETRAINED] and no module:function; give one of the three")
+
+
+def _checkpoint(folder: Path) -> TorchTeacher:
+    from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
+
+    receipt = verify_receipt(folder)
+    model = load_checkpoint(folder, verify=False)
+    config = model.config
+    image = preprocess_config(config)
+    text = config.text
+    trimmable = text.mask != "none"  # unmasked towers see their padding: they must run at the full context
+
+    def trim(tokens: Tensor) -> Tensor:
+        return tokens[:, : int(model.text.valid_tokens(tokens).sum(1).max())] if trimmable else tokens
+
+    project = model.text.projection
+    model.text.projection = nn.Identity()
+    facts = TeacherFacts(
+        name=folder.name, dim=config.embed_dim, logit_scale=float(model.logit_scale.exp()), licence=config.licence, source=f"checkpoint {config.name}",
+        sha256=receipt["files"]["model.safetensors"]["sha256"], micro_batch=MICRO_BATCH,
+        preprocessing={**_preprocessing(image), "context_length": text.context_length, "tokenizer": receipt["files"]["tokenizer.json"]["sha256"]},
+    )  # fmt: skip
+    return TorchTeacher(facts, image, folded(model.image, image.image_size), model.text, project, open_tokenizer(folder, config), trim)
+
+
+class _OpenClipText(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens.long())
+
+
+def _open_clip(name: str, pretrained: str | None) -> TorchTeacher:
+    try:
+        import open_clip
+    except ImportError:
+        raise MissingExtraError("open_clip_torch", "teachers", f"teacher 'open_clip:{name}'") from None
+    if name not in open_clip.list_models() and not name.startswith(("hf-hub:", "local-dir:")):
+        raise CheckpointError(f"open_clip {open_clip.__version__} has no model '{name}'; see open_clip.list_models()")
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"open_clip cannot load '{name}' with weights '{pretrained}' ({error}); check the tag, the path and the network") from error
+    model.eval()
+    facts = open_clip.get_model_preprocess_cfg(model)
+    size = facts["size"] if isinstance(facts["size"], int) else facts["size"][0]
+    image = PreprocessConfig(image_size=size, mean=tuple(facts["mean"]), std=tuple(facts["std"]), interpolation=facts["interpolation"])
+    tokenizer = open_clip.get_tokenizer(name)
+    with torch.inference_mode():
+        dim = int(model.encode_text(tokenizer(["x"])).shape[1])
+    digest = state_hash(model)
+    known = TeacherFacts(
+        name=f"{name}/{pretrained}" if pretrained else name, dim=dim, logit_scale=float(model.logit_scale.exp()), sha256=digest, micro_batch=MICRO_BATCH,
+        licence="as published with the weights" if pretrained else "none (random weights)", source=f"open_clip {open_clip.__version__}",
+        preprocessing={**_preprocessing(image), "context_length": int(getattr(model, "context_length", 77)), "tokenizer": name},
+    )  # fmt: skip
+    image_tower = folded(model.visual, size) if isinstance(getattr(model, "visual", None), nn.Module) else model.encode_image
+    return TorchTeacher(
+        known, image, image_tower, _OpenClipText(model), nn.Identity(), lambda texts: tokenizer(list(texts)).numpy(), lambda tokens: tokens
+    )
+
+
+def _callable(spec: str) -> Teacher:
+    module_name, _, function_name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"teacher '{spec}' cannot be imported ({error}); expected module:function on the Python path") from error
+    teacher = function()
+    if not isinstance(teacher, Teacher) or not isinstance(teacher.facts, TeacherFacts):
+        raise RecipeError(f"teacher '{spec}' returned {type(teacher).__name__}, which lacks facts (TeacherFacts), image_size, encode_image or encode_text")
+    return teacher
+
+
+def _preprocessing(config: PreprocessConfig) -> dict[str, Any]:
+    return {
+        "image_size": config.image_size, "mean": list(config.mean), "std": list(config.std), "interpolation": config.interpolation, "crop_pct": config.crop_pct,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def folded(module: nn.Module, image_size: int) -> nn.Module:
+    """The same image tower with every BatchNorm folded into the convolution before it, in eval mode, channels last.
+
+    Siblings in a module are taken to be called one after the other; a noise picture is tried before and after, and where that
+    gives another answer the tower is returned as it was.
+    """
+    fast = copy.deepcopy(module).eval()
+    for parent in list(fast.modules()):
+        names = list(parent._modules)
+        for first, second in zip(names, names[1:], strict=False):
+            conv, norm = parent._modules[first], parent._modules[second]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.num_features == conv.out_channels:
+                parent._modules[first] = fuse_conv_bn_eval(conv, norm)
+                parent._modules[second] = getattr(norm, "act", nn.Identity())
+    noise = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    expected, found = module.eval()(noise), fast(noise)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        logger.info("batch norms are left as they are: folding changed the output by %.2g", float((found - expected).abs().max()))
+        fast = module
+    return fast.to(memory_format=torch.channels_last)
+
+
+def state_hash(module: nn.Module) -> str:
+    """sha256 over names and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        with contextlib.suppress(TypeError):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
