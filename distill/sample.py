@@ -17,7 +17,7 @@ _USAGE = """usage: mclip sample emoji PAIRS [--web-noise P] [--image-size PX] [-
        mclip sample fetch [--cache DIR]
 
 emoji   drawings of five vendors with human captions: train, validation, test (mclip sample emoji --help)
-stamps  photographs with English captions from Debian's tuxpaint-stamps-default, for zero-shot tests only
+stamps  things, most of them photographed, with English captions from Debian's tuxpaint-stamps-default, for zero-shot tests only
 fetch   only fill the cache of the emoji's source packages
 """
 
