@@ -1,0 +1,46 @@
+# Every target makes the virtual environment and installs what it needs. Python 3.11 or later and pip are all that must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Two OpenMP runtimes that spin on two cores slow each other down by an order of magnitude.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo demo-quick grid test test-all lint fix clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml mobileclip/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[all,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/mclip demo --out out/demo
+
+demo-quick: $(STAMP)
+	$(BIN)/mclip demo --quick --out out/demo-quick
+
+grid: $(STAMP)
+	$(BIN)/python -m distill.grid --out out/grid
+
+test: $(STAMP)
+	$(BIN)/python -m distill.fetch
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m distill.fetch
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

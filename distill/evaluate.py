@@ -1,0 +1,172 @@
+"""Retrieval and zero-shot figures of a checkpoint (torch) or a bundle (the runtime), by the same code and on the same pairs.
+
+    mclip eval CKPT --data PAIRS/test
+    mclip eval BUNDLE --data PAIRS/test --task zero-shot --json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
+from mobileclip.model import ImageTextModel
+from runtime.errors import CheckpointError
+from runtime.evaluation import Encoder, retrieval, zero_shot
+from runtime.metrics import ranks, recall_at_k
+from runtime.pairs import Pairs, open_pairs
+from runtime.preprocess import PreprocessConfig, preprocess
+from runtime.tokenizer import Tokenizer
+
+BATCH = 64
+
+
+class TorchEncoder:
+    """A checkpoint's model as an encoder of pictures and texts: float32 (B, D), unit norm."""
+
+    def __init__(self, model: ImageTextModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.config: PreprocessConfig = preprocess_config(model.config)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 (B, 3, S, S), normalised -> (B, D)."""
+        parts = [self.model.encode_image(torch.from_numpy(pixels[n : n + BATCH])).numpy() for n in range(0, len(pixels), BATCH)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.model.config.embed_dim), np.float32)
+
+    def encode_image(self, images: Sequence[Any]) -> np.ndarray:
+        return self.encode_pixels(preprocess(list(images), self.config))
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        tokens = self.tokenizer(list(texts))
+        parts = [self.model.encode_text(torch.from_numpy(tokens[n : n + BATCH])).numpy() for n in range(0, len(tokens), BATCH)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.model.config.embed_dim), np.float32)
+
+
+class EnsembleEncoder:
+    """Several encoders as one: the concatenation of their unit vectors, so that similarities are the members' mean."""
+
+    def __init__(self, members: Sequence[Encoder]) -> None:
+        self.members = list(members)
+
+    def encode_image(self, images: Sequence[Any]) -> np.ndarray:
+        return np.concatenate([member.encode_image(list(images)) for member in self.members], axis=1) / len(self.members) ** 0.5
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        return np.concatenate([member.encode_text(list(texts)) for member in self.members], axis=1) / len(self.members) ** 0.5
+
+
+def open_encoder(path: str | os.PathLike[str], threads: int | None = None) -> Encoder:
+    """A checkpoint folder or a bundle folder as an encoder.
+
+    Raises:
+        CheckpointError: the folder is neither.
+        BundleError: it is a bundle, but not a sound one.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        import runtime
+
+        return runtime.load(folder, threads=threads)
+    if (folder / "config.json").is_file():
+        return TorchEncoder(load_checkpoint(folder), open_tokenizer(folder))
+    raise CheckpointError(f"'{path}' is neither a checkpoint (config.json) nor a bundle (manifest.json); give a folder that mclip train or mclip export wrote")
+
+
+@lru_cache(maxsize=4)
+def _quick_set(pairs_folder: str, config: PreprocessConfig) -> tuple[np.ndarray, list[str], list[dict[str, Any]]]:
+    pairs: Pairs = open_pairs(pairs_folder)
+    rows = range(len(pairs))
+    pixels = np.concatenate([preprocess([pairs.image(row)], config) for row in rows])
+    return pixels, [pairs.caption(row) for row in rows], [pairs.meta(row) for row in rows]
+
+
+def quick_recall(model: ImageTextModel, pairs_folder: str, tokenizer_folder: str | os.PathLike[str]) -> dict[str, float]:
+    """Text-to-image recall@5 and @1 without intervals, for a look while training; pixels are prepared once a process.
+
+    Where the pairs say which concepts were held out, these and the trained ones of the main slice stand apart.
+    """
+    encoder = TorchEncoder(model, _tokenizer(str(tokenizer_folder), model.config.text.context_length))
+    pixels, captions, meta = _quick_set(str(pairs_folder), encoder.config)
+    gallery, queries = encoder.encode_pixels(pixels), encoder.encode_text(captions)
+    right = ranks(queries, gallery, [[n for n in same] for same in _same(captions)])
+    splits: dict[str, list[int]] = {"all": list(range(len(captions)))}
+    for row, facts in enumerate(meta):
+        if facts.get("slice") == "main" and "held_out" in facts:
+            splits.setdefault("held_out" if facts["held_out"] else "trained", []).append(row)
+    return {f"recall@{k}_{name}": round(float(recall_at_k(right[rows], k)), 4) for name, rows in splits.items() for k in (1, 5)}
+
+
+def _same(captions: list[str]) -> list[list[int]]:
+    places: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        places.setdefault(caption, []).append(row)
+    return [places[caption] for caption in captions]
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: str, context_length: int) -> Tokenizer:
+    return Tokenizer.open(Path(folder) / "tokenizer.json", context_length=context_length, cleaning="clip", pad_id=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """What to evaluate."""
+
+    data: str
+    """Pairs folder."""
+    task: Literal["retrieval", "zero-shot"] = "retrieval"
+    seed: int = 0
+    """Of the bootstrap."""
+    threads: int = 2
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(argv: list[str]) -> int:
+    """`mclip eval CKPT|BUNDLE --data PAIRS`."""
+    import tyro
+
+    @dataclass(frozen=True, slots=True)
+    class Arguments:
+        model: tyro.conf.Positional[str]
+        """Checkpoint or bundle folder."""
+        settings: tyro.conf.OmitArgPrefixes[EvalConfig]
+
+    arguments = tyro.cli(Arguments, args=argv, prog="mclip eval", description=__doc__)
+    config = arguments.settings
+    torch.set_num_threads(config.threads)
+    encoder, pairs = open_encoder(arguments.model, config.threads), open_pairs(config.data)
+    result = retrieval(encoder, pairs, seed=config.seed) if config.task == "retrieval" else zero_shot(encoder, pairs)
+    facts = {"model": str(arguments.model), "config": dataclasses.asdict(config)}
+    if config.json:
+        sys.stdout.write(json.dumps({**facts, **result}) + "\n")
+    elif config.task == "retrieval":
+        sys.stdout.write(format_retrieval(result))
+    else:
+        sys.stdout.write(json.dumps({key: value for key, value in result.items() if not isinstance(value, list)}, indent=1) + "\n")
+    return 0
+
+
+def format_retrieval(result: dict[str, Any]) -> str:
+    """The recalls of `runtime.evaluation.retrieval` as lines of text."""
+    lines = [f"gallery: {result['gallery']['count']} pictures, sha256 {result['gallery']['sha256'][:16]}"]
+    for direction in ("text_to_image", "image_to_text"):
+        for split, row in result[direction].items():
+            cells = [f"{name} {row[name]['value']:.3f} [{row[name]['low']:.3f}, {row[name]['high']:.3f}]" for name in row if name.startswith("recall@")]
+            lines.append(f"{direction:14} {split:9} n {row['n']:5}  " + "  ".join(cells))
+    return "\n".join(lines) + "\n"
+
+
