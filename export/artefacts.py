@@ -40,6 +40,7 @@ class Maker:
         reference: the checkpoint's embeddings of `samples`.
         calibration: rows that ranges of static int8 are taken from; none of them in `samples` where there are enough pairs.
         folder: the bundle under construction.
+        allowed: from precision.json: tower to target to precisions; None allows all.
         say: takes one line of progress.
         builds: filled with what TensorRT said, by artefact id.
     """
@@ -52,6 +53,7 @@ class Maker:
     targets: tuple[str, ...]
     precisions: tuple[str, ...]
     say: Callable[[str], None]
+    allowed: dict[str, dict[str, list[str]]] | None = None
     builds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def make(self, tower: Tower) -> list[Artefact]:
@@ -86,7 +88,7 @@ class Maker:
             self.say(f"{draft.id}: proven, {_sentence(draft.parity)}")
             drafts.append(draft)
         base = drafts[0]
-        if "int8" in self.precisions:
+        if "int8" in self._precisions(tower, "onnx"):
             drafts += self._int8(tower, base, sessions)
         row = inputs[:1]
         times = interleaved({id: lambda session=session: session(row) for id, session in sessions.items()})
@@ -155,7 +157,7 @@ class Maker:
         )  # fmt: skip
 
     def _tensorrt(self, tower: Tower) -> Artefact:
-        precision = "fp16" if "fp16" in self.precisions else "fp32"
+        precision = "fp16" if "fp16" in self._precisions(tower, "tensorrt") else "fp32"
         inputs = self.samples.inputs(tower)
         model = export_tensorrt(self.model, tower, inputs, precision)
         id, name = f"{tower}-tensorrt-{precision}", f"tensorrt/{tower}.{precision}.onnx"
@@ -177,6 +179,9 @@ class Maker:
             id=id, tower=tower, target="tensorrt", precision=precision, path=name, bytes=(self.folder / name).stat().st_size,
             parity={**parity.as_dict(), "how": f"ONNX Runtime on the CPU; {built}; no engine was run"},
         )  # fmt: skip
+
+    def _precisions(self, tower: Tower, target: str) -> list[str]:
+        return [p for p in self.precisions if self.allowed is None or p in self.allowed[tower].get(target, [])]
 
     def _parity(self, tower: Tower, run: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> Parity:
         return measure(tower, run(rows), self.reference)

@@ -109,7 +109,8 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     work.mkdir()
     try:
         maker = Maker(
-            model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets, precisions=precisions, say=say
+            model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets, precisions=precisions,
+            allowed=read_precisions(config.checkpoint), say=say,
         )  # fmt: skip
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
         shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
@@ -156,6 +157,18 @@ def parse_targets(target: str, precision: str) -> tuple[tuple[str, ...], tuple[s
     if "onnx" in targets and not {"fp32", "int8"} & set(precisions):
         raise RecipeError(f"target onnx is made in fp32 and int8, but the precisions are {', '.join(precisions)}; add fp32 or leave the target out")
     return targets, precisions
+
+
+def read_precisions(checkpoint: Path) -> dict[str, dict[str, list[str]]] | None:
+    """What precision.json of a compressed checkpoint allows: tower to target to precisions. None when there is no such file."""
+    path = checkpoint / "precision.json"
+    if not path.is_file():
+        return None
+    try:
+        towers = json.loads(path.read_text(encoding="utf-8"))["towers"]
+        return {tower: {target: [str(p) for p in towers[tower][target]] for target in towers[tower]} for tower in TOWERS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"'{path}' cannot be read ({error!r}); run mclip compress again, or remove the file to export in any precision") from None
 
 
 def _check_numbers(config: ExportConfig) -> None:

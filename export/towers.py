@@ -115,7 +115,14 @@ class Samples:
 
     def head(self, count: int) -> Samples:
         """The first `count` rows."""
-        return Samples(keys=self.keys[:count], captions=self.captions[:count], pixels=self.pixels[:count], tokens=self.tokens[:count])
+        return self._cut(slice(0, count))
+
+    def tail(self, count: int) -> Samples:
+        """The last `count` rows."""
+        return self._cut(slice(len(self) - count, len(self)))
+
+    def _cut(self, rows: slice) -> Samples:
+        return Samples(keys=self.keys[rows], captions=self.captions[rows], pixels=self.pixels[rows], tokens=self.tokens[rows])
 
 
 def choose_rows(count: int, wanted: Sequence[int], seed: int) -> list[np.ndarray]:

@@ -1,0 +1,205 @@
+"""`mclip compress`: prune a checkpoint, recover it from the store, and say what that cost.
+
+    mclip compress CKPT OUT --calibrate PAIRS --store STORE --validation PAIRS
+
+`OUT/pruned` is the checkpoint as it left the knife; `OUT` itself is the one after recovery. Recovery is training
+(`distill.train`), so it goes on where it was interrupted when the same command is run again. `OUT/precision.json` says in
+which precisions each tower may be exported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from export.prune import prune_ffn
+from export.towers import choose_rows, embed, image_encoder, read_samples, text_encoder
+from mobileclip.checkpoint import file_sha256, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt, write_json
+from mobileclip.model import ImageTextModel, count_parameters
+from runtime.errors import CheckpointError, RecipeError
+from runtime.evaluation import retrieval
+from runtime.pairs import open_pairs
+from runtime.preprocess import preprocess
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """Settings of `mclip compress`."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Checkpoint folder; not reparameterised, so that recovery can train it."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Checkpoint folder to write."""
+    calibrate: Path
+    """Pairs that decide which units go; with a store, the pairs that it belongs to."""
+    store: Path | None = None
+    """Reinforcement store to recover from. Left out: pruning only."""
+    validation: Path | None = None
+    """Pairs that retrieval is reported on, before and after. Not the test split."""
+    ratio: float = 0.25
+    """Share of the hidden units of every feed-forward layer that go."""
+    calibration: int = 512
+    """Pairs that are read for the decision."""
+    recover_samples: int = 20_000
+    """Pairs seen in recovery."""
+    recipe: str = "recovery"
+    """Recipe of the recovery."""
+    seed: int = 0
+    threads: int = 1
+    """Torch threads of the recovery."""
+    json: bool = False
+    """Print the report as one JSON object."""
+
+
+class CheckpointEncoder:
+    """A checkpoint as `runtime.evaluation` wants it: PIL pictures or strings -> (B, D) float32, unit norm."""
+
+    def __init__(self, folder: Path, model: ImageTextModel | None = None) -> None:
+        self.model = load_checkpoint(folder) if model is None else model
+        self.tokenizer = open_tokenizer(folder, self.model.config)
+        self.preprocess = preprocess_config(self.model.config)
+
+    def encode_image(self, images: list[Image.Image]) -> np.ndarray:
+        return embed(image_encoder(self.model), preprocess(images, self.preprocess))
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        return embed(text_encoder(self.model), self.tokenizer(texts))
+
+
+def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Prune, recover, report; returns the report that also stands in the receipt under "compress".
+
+    Raises:
+        RecipeError: a setting makes no sense.
+        CheckpointError, PairsError, StoreError: an input is missing or damaged.
+        TrainingError: recovery failed, or `out` holds a run with other settings.
+    """
+    if not config.checkpoint.is_dir():
+        raise CheckpointError(f"there is no checkpoint at '{config.checkpoint}'; expected a folder written by mclip train")
+    if config.out.resolve() == config.checkpoint.resolve():
+        raise RecipeError("the compressed checkpoint would overwrite the one that it is made from; give another OUT")
+    receipt = verify_receipt(config.checkpoint)
+    source = receipt["files"]["model.safetensors"]["sha256"]
+    fingerprint = _fingerprint(config, source)
+    done = _finished(config.out, fingerprint)
+    if done is not None:
+        say(f"{config.out} is complete")
+        return done
+    model = load_checkpoint(config.checkpoint, verify=False)
+    report: dict[str, Any] = {"fingerprint": fingerprint, "source_sha256": source, "before": _facts(config, config.checkpoint, model)}
+    say(f"before: {_line(report['before'])}")
+    report |= _prune(config, model, fingerprint, say)
+    if config.store is not None:
+        from distill.train import TrainConfig, train
+
+        say(f"recovering from the store: {config.recover_samples:,} samples")
+        train(
+            TrainConfig(
+                pairs=str(config.calibrate), store=str(config.store), out=str(config.out), init=str(config.out / "pruned"),
+                samples=config.recover_samples, recipe=config.recipe, seed=config.seed, threads=config.threads,
+            )
+        )  # fmt: skip
+    else:
+        save_checkpoint(load_checkpoint(config.out / "pruned"), config.out, tokenizer=config.checkpoint / "tokenizer.json", extra={"stage": "compress"})
+    report["after"] = _facts(config, config.out, load_checkpoint(config.out))
+    say(f"after: {_line(report['after'])}")
+    _finish(config, report)
+    return report
+
+
+def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write OUT/pruned unless it is there already, and return its part of the report."""
+    folder = config.out / "pruned"
+    try:
+        kept = verify_receipt(folder).get("prune")
+        if kept and kept["fingerprint"] == fingerprint:
+            return kept["report"]
+    except CheckpointError:
+        pass
+    pairs = open_pairs(config.calibrate)
+    (rows,) = choose_rows(len(pairs), (config.calibration,), config.seed)
+    samples, skipped = read_samples(pairs, rows, preprocess_config(model.config), open_tokenizer(config.checkpoint, model.config))
+    for line in skipped:
+        say(f"left out: {line}")
+    pruned, facts = prune_ffn(model, config.ratio, samples)
+    save_checkpoint(pruned, folder, tokenizer=config.checkpoint / "tokenizer.json")
+    found = {
+        "prune": facts.as_dict(),
+        "calibration": {"n": len(samples), "seed": config.seed, "keys_sha256": hashlib.sha256("\n".join(samples.keys).encode()).hexdigest()},
+        "pruned": _facts(config, folder, pruned),
+    }
+    receipt = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))
+    write_json(folder / "receipt.json", {**receipt, "prune": {"fingerprint": fingerprint, "report": found}})
+    say(
+        f"pruned {config.ratio:.0%} of the hidden units: {_line(found['pruned'])}; cosine to before {facts.image_cosine_mean:.4f} / {facts.text_cosine_mean:.4f}"
+    )
+    return found
+
+
+def _facts(config: CompressConfig, folder: Path, model: ImageTextModel) -> dict[str, Any]:
+    """Size, and retrieval on the validation pairs where there are any."""
+    facts: dict[str, Any] = {"parameters": count_parameters(model), "bytes": (folder / "model.safetensors").stat().st_size, "retrieval": None}
+    if config.validation is not None:
+        found = retrieval(CheckpointEncoder(folder, model), open_pairs(config.validation), seed=config.seed)
+        facts["retrieval"] = {name: found[name] for name in ("text_to_image", "image_to_text", "gallery")}
+    return facts
+
+
+def _line(facts: dict[str, Any]) -> str:
+    line = f"{facts['parameters']['total']:,} parameters, {facts['bytes'] / 1e6:.1f} MB"
+    if facts["retrieval"]:
+        recalls = [f"{split} {values['recall@5']['value']:.3f}" for split, values in facts["retrieval"]["text_to_image"].items()]
+        line += f", recall@5 text to image: {', '.join(recalls)}"
+    return line
+
+
+def _finish(config: CompressConfig, report: dict[str, Any]) -> None:
+    """precision.json, then the receipt that names it: only now is the folder a finished compression."""
+    precisions = {"onnx": ["fp32", "int8"], "coreml": ["fp16"], "tensorrt": ["fp16", "fp32"]}
+    path = config.out / "precision.json"
+    write_json(path, {"schema": SCHEMA, "calibration": report["calibration"], "towers": {"image": precisions, "text": precisions}})
+    receipt = json.loads((config.out / "receipt.json").read_text(encoding="utf-8"))
+    receipt["files"]["precision.json"] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    write_json(config.out / "receipt.json", {**receipt, "compress": report})
+
+
+def _fingerprint(config: CompressConfig, source: str) -> str:
+    settings = {name: str(getattr(config, name)) for name in ("ratio", "calibration", "recover_samples", "recipe", "seed")}
+    facts = {**settings, "source": source, "store": config.store is not None}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report of a finished compression with these settings."""
+    try:
+        report = json.loads((out / "receipt.json").read_text(encoding="utf-8")).get("compress")
+    except (OSError, ValueError):
+        return None
+    return report if report and report.get("fingerprint") == fingerprint else None
+
+
+def main(argv: list[str]) -> int:
+    """`mclip compress CKPT OUT --calibrate PAIRS --store STORE`."""
+    config = tyro.cli(CompressConfig, args=argv, prog="mclip compress", description="Prune a checkpoint and recover it from the store.")
+    started = time.perf_counter()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"[{time.perf_counter() - started:6.1f} s] {line}\n")
+        sys.stderr.flush()
+
+    report = compress(config, say)
+    if config.json:
+        sys.stdout.write(json.dumps({"checkpoint": str(config.out), **report}) + "\n")
+    return 0
