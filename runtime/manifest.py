@@ -406,7 +406,7 @@ def _check(manifest: Manifest, path: Path) -> None:
             raise BundleError(f"{path}: {message}")
 
     for name, facts in manifest.files.items():
-        must(_inside(name), f"the path '{name}' may not leave the bundle; expected plain relative names with '/'")
+        must(_inside(name), f"the path {name!r} may not leave the bundle; expected plain relative names with '/'")
         must(len(facts.sha256) == 64 and set(facts.sha256) <= set("0123456789abcdef"), f"the sha256 of '{name}' is not 64 lower-case hex digits")
         must(facts.bytes >= 0, f"the size of '{name}' is negative")
     must(manifest.embed_dim > 0, f"embed_dim is {manifest.embed_dim}, expected at least 1")
@@ -437,7 +437,7 @@ def _check_artefact(artefact: Artefact, manifest: Manifest, must: Callable[[bool
         must(artefact.path is None and bool(artefact.reason), f"{name} is refused, so it has no path and must have a reason")
         return
     if artefact.path is None or not _inside(artefact.path):
-        must(False, f"{name} is proven, so it needs a path inside the bundle, not '{artefact.path}'")
+        must(False, f"{name} is proven, so it needs a path inside the bundle, not {artefact.path!r}")
         return
     parts = artefact_files(artefact, manifest.files)
     must(bool(parts), f"{name} names '{artefact.path}', which is not among the files")
@@ -450,4 +450,4 @@ def _check_artefact(artefact: Artefact, manifest: Manifest, must: Callable[[bool
 def _inside(name: str) -> bool:
     """Whether a name is a plain relative path that no operating system takes elsewhere."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and "/".join(parts) == name and not name.startswith("/") and not {".", ".."} & set(parts) and not set(name) & set("\\:\0")
+    return bool(parts) and "/".join(parts) == name and not name.startswith("/") and not {".", ".."} & set(parts) and not set(name) & set("\\:\0\n\r")
