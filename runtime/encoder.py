@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.backends import BACKENDS, Tower
+from runtime.bundle_files import read_file, verify_artefact
 from runtime.errors import BundleError, DeviceError
-from runtime.manifest import RECALL1_CHANGE_MIN, TOWERS, Artefact, Manifest, read_file, read_manifest, verify_artefact
+from runtime.manifest import RECALL1_CHANGE_MIN, TOWERS, Artefact, Manifest, read_manifest
 from runtime.preprocess import as_list, is_one, preprocess
 from runtime.tokenizer import Tokenizer
 

@@ -10,16 +10,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runtime.bundle_files import MANIFEST, artefact_files, file_sha256, verify_files, walk_files
 from runtime.errors import BundleError, CheckpointError
 from runtime.preprocess import PreprocessConfig
 
 SCHEMA = 1
-NAME = "manifest.json"
 TOWERS = ("image", "text")
 LOSSES = ("softmax", "sigmoid")
 MASKS = ("causal", "pad", "none")
@@ -150,13 +150,13 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> Manife
             field, a path that leaves the bundle, a file that is missing, changed or not listed.
     """
     folder = Path(folder)
-    path = folder / NAME
+    path = folder / MANIFEST
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}; it is no manifest")
         raw = path.read_bytes()
     except OSError as error:
-        what = "there is no such folder" if not folder.is_dir() else f"it has no readable {NAME} ({error.strerror})"
+        what = "there is no such folder" if not folder.is_dir() else f"it has no readable {MANIFEST} ({error.strerror})"
         raise BundleError(f"{folder} is not a bundle: {what}; make one with 'mclip export'") from error
     manifest = _parse(raw, path)
     if verify:
@@ -174,7 +174,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
         BundleError: the manifest contradicts itself or the folder.
     """
     folder = Path(folder)
-    files = {name: FileFacts(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(_walk(folder))}
+    files = {name: FileFacts(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(walk_files(folder))}
     artefacts = tuple(replace(a, bytes=sum(files[name].bytes for name in artefact_files(a, files)) if a.path else None) for a in manifest.artefacts)
     manifest = replace(manifest, files=files, artefacts=artefacts)
     document = {key: value for key, value in asdict(manifest).items()}
@@ -185,103 +185,17 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
         raise BundleError(f"the manifest of {folder} cannot be written as JSON ({error}); give plain finite values") from error
     zeros = b'"manifest_sha256": "' + b"0" * 64 + b'"'
     raw = raw.replace(zeros, zeros.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode()))
-    written = _parse(raw, folder / NAME)
+    written = _parse(raw, folder / MANIFEST)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.manifest.part"
     try:
         with temporary.open("wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / NAME)
+        os.replace(temporary, folder / MANIFEST)
     finally:
         temporary.unlink(missing_ok=True)
     return written
-
-
-def read_file(folder: str | os.PathLike[str], manifest: Manifest, name: str) -> bytes:
-    """A file of the bundle, checked against the manifest while it is read.
-
-    Raises:
-        BundleError: not listed, missing or changed.
-    """
-    facts = manifest.files.get(name)
-    if facts is None:
-        raise BundleError(f"the manifest of {folder} lists no file '{name}'; export the bundle again")
-    path = Path(folder) / name
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
-    _compare(path, facts, len(data), lambda: hashlib.sha256(data).hexdigest())
-    return data
-
-
-def verify_artefact(folder: str | os.PathLike[str], manifest: Manifest, artefact: Artefact) -> None:
-    """Check the file, or all files of the package, of one artefact.
-
-    Raises:
-        BundleError: missing or changed.
-    """
-    for name in artefact_files(artefact, manifest.files):
-        _verify_file(Path(folder) / name, manifest.files[name])
-
-
-def artefact_files(artefact: Artefact, files: Iterable[str]) -> list[str]:
-    """Which of the files are the artefact's: one file, or everything inside its package folder; none when refused."""
-    return [name for name in files if name == artefact.path or name.startswith(f"{artefact.path}/")]
-
-
-def verify_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Check that the folder holds exactly the files of the manifest, byte for byte.
-
-    Raises:
-        BundleError: a file is missing, changed or not listed.
-    """
-    folder = Path(folder)
-    found = set(_walk(folder))
-    missing = sorted(manifest.files.keys() - found)
-    if missing:
-        raise BundleError(f"{folder / missing[0]} is listed in the manifest but missing ({len(missing)} in all); fetch or export the bundle again")
-    extra = sorted(found - manifest.files.keys())
-    if extra:
-        raise BundleError(f"{folder / extra[0]} is not listed in the manifest ({len(extra)} such in all); remove it or export the bundle again")
-    for name, facts in manifest.files.items():
-        _verify_file(folder / name, facts)
-
-
-def _verify_file(path: Path, facts: FileFacts) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
-    _compare(path, facts, size, lambda: _sha256(path))
-
-
-def _compare(path: Path, facts: FileFacts, size: int, sha256: Callable[[], str]) -> None:
-    if size != facts.bytes:
-        raise BundleError(f"{path} has {size} bytes, the manifest says {facts.bytes}; fetch or export the bundle again")
-    digest = sha256()
-    if digest != facts.sha256:
-        raise BundleError(f"{path} was changed: its sha256 is {digest[:12]}…, the manifest says {facts.sha256[:12]}…; fetch or export the bundle again")
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Relative names of all files but the manifest. A link to a folder counts as a (never listed) file."""
-    for top, folders, files in os.walk(folder):
-        relative = Path(top).relative_to(folder)
-        links = [name for name in folders if (Path(top) / name).is_symlink()]
-        for name in files + links:
-            inner = (relative / name).as_posix()
-            if inner != NAME:
-                yield inner
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}); remove it or export the bundle again") from error
 
 
 def _parse(raw: bytes, path: Path) -> Manifest:

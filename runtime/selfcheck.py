@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.backends import BACKENDS
+from runtime.bundle_files import read_file, verify_artefact
 from runtime.encoder import open_artefact, run_batches
 from runtime.errors import BundleError, ClipError
-from runtime.manifest import Artefact, Manifest, read_file, read_manifest, verify_artefact
+from runtime.manifest import Artefact, Manifest, read_manifest
 from runtime.preprocess import preprocess
 from runtime.tokenizer import Tokenizer
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from runtime.bundle_files import read_file
 from runtime.errors import BundleError
-from runtime.manifest import Artefact, FileFacts, read_file, read_manifest, write_manifest
+from runtime.manifest import Artefact, FileFacts, read_manifest, write_manifest
 from tests.runtime import toy
 
 ZEROS = "0" * 64
