@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -450,3 +450,8 @@ def _check_part(part: Part, entry: dict[str, Any], index: dict[str, Any]) -> Non
                 )
     if n and (part.get("n_augmentations").max() > views or part.get("n_captions").max() > captions or part.get("captions.offsets").shape[1] != captions + 1):
         raise StoreError(f"store part '{entry['path']}' counts more augmentations or captions than it holds; it is damaged, reinforce again")
+
+
+def hash_shards(pairs: Any) -> dict[str, str]:
+    """sha256 of every shard of an open pairs folder, by shard name."""
+    return {shard.name: file_sha256(shard.path) for shard in pairs.shards}
