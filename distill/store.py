@@ -122,6 +122,12 @@ def write_part(path: Path, rows: PartRows, *, dtype: str, tables: dict[str, list
     for name, column in sorted(rows.columns.items()):
         code = {"f": ("F32", "<f4"), "i": ("I32", "<i4")}[np.asarray(column).dtype.kind]
         arrays[f"column.{name}"] = (code[0], np.asarray(column, code[1]))
+    blob = write_safetensors(path, arrays, metadata)
+    return part_entry(path.name, hashlib.sha256(blob).hexdigest(), len(blob), rows.keys)
+
+
+def write_safetensors(path: Path, arrays: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str]) -> bytes:
+    """Write arrays {name: (safetensors dtype, array)} under a temporary name, flush to disk, rename. Returns the bytes."""
     blob = encode_safetensors(arrays, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "wb") as stream:
@@ -129,7 +135,7 @@ def write_part(path: Path, rows: PartRows, *, dtype: str, tables: dict[str, list
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    return part_entry(path.name, hashlib.sha256(blob).hexdigest(), len(blob), rows.keys)
+    return blob
 
 
 def part_entry(name: str, sha256: str, size: int, keys: list[str]) -> dict[str, Any]:
@@ -143,9 +149,13 @@ def hash_keys(keys: list[str]) -> str:
 
 
 def encode_safetensors(arrays: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str]) -> bytes:
-    """A safetensors file in memory with a fixed order: tensors by falling item size, then name; header padded to 8 bytes."""
+    """A safetensors file in memory with a fixed order: tensors by falling item size, then name; header padded to 8 bytes.
+
+    The metadata gain `payload_sha256`, so that a part can be trusted before there is an index.
+    """
     order = sorted(arrays, key=lambda name: (-arrays[name][1].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    payload = b"".join(np.ascontiguousarray(arrays[name][1]).tobytes() for name in order)
+    header: dict[str, Any] = {"__metadata__": dict(sorted({**metadata, "payload_sha256": hashlib.sha256(payload).hexdigest()}.items()))}
     position = 0
     for name in order:
         code, array = arrays[name]
@@ -153,7 +163,7 @@ def encode_safetensors(arrays: dict[str, tuple[str, np.ndarray]], metadata: dict
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(np.ascontiguousarray(arrays[name][1]).tobytes() for name in order)
+    return struct.pack("<Q", len(text)) + text + payload
 
 
 def _string_arrays(name: str, items: list[bytes]) -> dict[str, tuple[str, np.ndarray]]:
@@ -235,6 +245,7 @@ class Part:
             raise StoreError(f"store part '{path.name}' is truncated or no safetensors file: header of {length} bytes in a file of {self.bytes}; reinforce again")
         try:
             header = json.loads(data[8 : 8 + length])
+            self._payload = memoryview(data)[8 + length :]
             self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
             self.arrays = {name: self._view(data, 8 + length, **entry) for name, entry in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -252,6 +263,10 @@ class Part:
         if name not in self.arrays:
             raise StoreError(f"store part '{self.path.name}' lacks the array '{name}'; it was written by another version or is damaged, reinforce again")
         return self.arrays[name]
+
+    def intact(self) -> bool:
+        """Whether the arrays still have the hash that stands in the header (reads all of them)."""
+        return hashlib.sha256(self._payload).hexdigest() == self.metadata.get("payload_sha256")
 
     def keys(self) -> list[str]:
         data, offsets = self.get("keys.bytes").tobytes(), self.get("keys.offsets")

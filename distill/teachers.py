@@ -162,7 +162,7 @@ def _checkpoint(folder: Path) -> TorchTeacher:
     project = model.text.projection
     model.text.projection = nn.Identity()
     facts = TeacherFacts(
-        name=folder.name, dim=config.embed_dim, logit_scale=float(model.logit_scale.exp()), licence=config.licence, source=f"checkpoint {config.name}",
+        name=folder.name, dim=config.embed_dim, logit_scale=float(model.logit_scale.detach().exp()), licence=config.licence, source=f"checkpoint {config.name}",
         sha256=receipt["files"]["model.safetensors"]["sha256"], micro_batch=MICRO_BATCH,
         preprocessing={**_preprocessing(image), "context_length": text.context_length, "tokenizer": receipt["files"]["tokenizer.json"]["sha256"]},
     )  # fmt: skip
@@ -200,7 +200,7 @@ def _open_clip(name: str, pretrained: str | None) -> TorchTeacher:
         dim = int(model.encode_text(tokenizer(["x"])).shape[1])
     digest = state_hash(model)
     known = TeacherFacts(
-        name=f"{name}/{pretrained}" if pretrained else name, dim=dim, logit_scale=float(model.logit_scale.exp()), sha256=digest, micro_batch=MICRO_BATCH,
+        name=f"{name}/{pretrained}" if pretrained else name, dim=dim, logit_scale=float(model.logit_scale.detach().exp()), sha256=digest, micro_batch=MICRO_BATCH,
         licence="as published with the weights" if pretrained else "none (random weights)", source=f"open_clip {open_clip.__version__}",
         preprocessing={**_preprocessing(image), "context_length": int(getattr(model, "context_length", 77)), "tokenizer": name},
     )  # fmt: skip
