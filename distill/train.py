@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,7 +32,7 @@ from distill.losses import affinity_loss, clip_loss, ensemble_basis, ensemble_ta
 from distill.progress import progress
 from distill.recipes import Recipe, load_recipe
 from distill.store import Store, open_store
-from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, write_json
+from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.config import ModelConfig, config_to_dict
 from mobileclip.model import ImageTextModel
 from mobileclip.models import create_model
@@ -411,7 +410,7 @@ def _metrics_line(run: Run, plan: Plan, recipe: Recipe, terms: dict[str, Tensor]
         "loss": sum(getattr(recipe, name) * value for name, value in values.items()),
         "loss_terms": values,
         "lr": learning_rate(run.step - 1, plan.steps, recipe),
-        "logit_scale": float(run.model.logit_scale.exp()),
+        "logit_scale": float(run.model.logit_scale.detach().exp()),
         "samples_per_second": round(items / max(elapsed, 1e-9), 1),
         "seconds": round(run.seconds, 2),
         "time_share": {name: round(seconds / max(sum(clock.values()), 1e-9), 3) for name, seconds in clock.items()},

@@ -8,7 +8,7 @@ import os
 import sys
 
 VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("distill.demo:main", "everything below on the sample data, from pictures to a report"),
+    "demo": ("benchmarks.suites.demo:main", "everything below on the sample data, from pictures to a report"),
     "sample": ("distill.sample:main", "fetch and draw a sample data set (emoji, stamps)"),
     "reinforce": ("distill.reinforce:main", "store what teachers know about a pairs folder"),
     "train": ("distill.train:main", "train a student from pairs and a store"),

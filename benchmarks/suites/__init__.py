@@ -1,0 +1,1 @@
+"""Runs that join all stages. This folder alone may import everything; nothing imports it."""

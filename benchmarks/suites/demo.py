@@ -1,0 +1,209 @@
+"""`mclip demo`: from real pictures to a measured, proven bundle, each stage a process that can be interrupted and repeated.
+
+    mclip demo --out out/demo          (make demo)
+    mclip demo --out out/quick --quick (a slice of everything, at most 3 minutes)
+
+What it leaves: pairs/, teachers/, store/, ckpt/, bundle/, teacher-bundle/, results.jsonl, tables.json, summary.json,
+report.html, and stages/ with what each stage took.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suites.stages import MemoryWatch, StageError, Stages, tree_bytes
+
+TEACHERS = {"lite0": "tf_efficientnet_lite0", "lite1": "tf_efficientnet_lite1"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Settings of a demo run."""
+
+    out: str = "out/demo"
+    """Folder of the run."""
+    quick: bool = False
+    """A slice of the data and short training: everything runs, the figures mean little."""
+    seed: int = 0
+
+    @property
+    def concepts(self) -> int | None:
+        return 160 if self.quick else None
+
+    @property
+    def samples(self) -> int:
+        return 6_400 if self.quick else 250_000
+
+    @property
+    def recover_samples(self) -> int:
+        return 1_280 if self.quick else 20_000
+
+    @property
+    def augmentations(self) -> int:
+        return 2 if self.quick else 5
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a run keeps what."""
+
+    out: Path
+
+    def __getattr__(self, name: str) -> Path:
+        places = {
+            "train": "pairs/train", "validation": "pairs/validation", "test": "pairs/test", "stamps": "pairs/stamps", "store": "store",
+            "student": "ckpt/student", "plain": "ckpt/plain", "pruned": "ckpt/pruned", "bundle": "bundle", "teacher_bundle": "teacher-bundle",
+            "teacher_checkpoint": "teachers/lite0-224", "results": "results.jsonl", "teacher_results": "teacher-results.jsonl", "report": "report.html",
+            "tables": "tables.json", "summary": "summary.json",
+        }  # fmt: skip
+        if name not in places:
+            raise AttributeError(name)
+        return self.out / places[name]
+
+    def teacher(self, name: str) -> Path:
+        return self.out / "teachers" / name
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Run every stage that is not done. Returns the summary (also in OUT/summary.json).
+
+    Raises:
+        StageError: a stage failed.
+    """
+    out = Path(config.out)
+    _claim(out, config)
+    place = Layout(out)
+    stages = Stages(out, lambda line: _say(f"[demo] {line}"))
+    started = time.monotonic()
+    with MemoryWatch() as memory:
+        _make(config, place, stages)
+        summary = _measure(config, place, stages)
+    previous = json.loads(place.summary.read_text(encoding="utf-8")).get("peak_memory_gib", 0.0) if place.summary.exists() else 0.0
+    summary.update(
+        run_minutes=round((time.monotonic() - started) / 60, 2),
+        stage_minutes=round(sum(stages.seconds().values()) / 60, 2),
+        peak_memory_gib=round(max(memory.peak / 2**30, previous), 2),
+        disk_gb=round(tree_bytes(out) / 1e9, 3),
+    )
+    _write_json(place.summary, summary)
+    return summary
+
+
+def _claim(out: Path, config: DemoConfig) -> None:
+    """Make the folder, or check that it holds a run with the same settings."""
+    facts = json.loads(json.dumps({name: value for name, value in dataclasses.asdict(config).items() if name != "out"}))
+    path = out / "demo.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
+        raise StageError(f"'{out}' holds a demo with other settings ({path.read_text(encoding='utf-8').strip()}); choose another --out or remove the folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(path, facts)
+
+
+def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
+    """Stages that make things: data, teachers, store, students, bundles."""
+    seed = ["--seed", str(config.seed)]
+    slice_ = ["--concepts", str(config.concepts)] if config.concepts else []
+    stages.run("sample", [["mobileclip.cli", "sample", "emoji", str(place.out / "pairs"), "--web-noise", "0.5", *slice_, *seed]], outputs=[place.out / "pairs/sample.json"])
+    _stamps(place, stages)
+    receipt = [place.out / "pairs/sample.json"]
+    stages.run(
+        "teachers",
+        [
+            ["distill.projectors", str(place.train), str(place.teacher(name)), "--backbone", backbone, "--image-size", "128", "--validation", str(place.validation), *seed]
+            for name, backbone in TEACHERS.items()
+        ],
+        inputs=receipt, outputs=[place.teacher(name) / "receipt.json" for name in TEACHERS],
+    )  # fmt: skip
+    teacher_receipts = [place.teacher(name) / "receipt.json" for name in TEACHERS]
+    stages.run(
+        "reinforce",
+        [["mobileclip.cli", "reinforce", str(place.train), str(place.store), "--teachers", *(str(place.teacher(name)) for name in TEACHERS),
+          "--augmentations", str(config.augmentations), "--workers", "2", *seed]],
+        inputs=[*receipt, *teacher_receipts], outputs=[place.store / "index.json"],
+    )  # fmt: skip
+    index = [place.store / "index.json"]
+    data = ["--pairs", str(place.train), "--store", str(place.store), "--validation", str(place.validation), "--samples", str(config.samples), *seed]
+    stages.run(
+        "train",
+        [["mobileclip.cli", "train", *data, "--out", str(out), "--recipe", recipe] for out, recipe in ((place.student, "reinforced"), (place.plain, "plain"))],
+        inputs=index, outputs=[place.student / "receipt.json", place.plain / "receipt.json"],
+    )  # fmt: skip
+    # The student loses a quarter of its feed-forward widths on one core while the sample teacher learns its larger input on the other.
+    stages.run(
+        "compress",
+        [
+            ["mobileclip.cli", "compress", str(place.student), str(place.pruned), "--calibrate", str(place.train), "--store", str(place.store),
+             "--validation", str(place.validation), "--recover-samples", str(config.recover_samples), *seed],
+            ["distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--validation", str(place.validation), *seed],
+        ],
+        inputs=[*index, place.student / "receipt.json"], outputs=[place.pruned / "receipt.json", place.teacher_checkpoint / "receipt.json"],
+    )  # fmt: skip
+    for name, checkpoint, bundle, samples in (("export", place.pruned, place.bundle, "256"), ("export-teacher", place.teacher_checkpoint, place.teacher_bundle, "128")):
+        # One after the other: int8 is kept or refused by its measured time, which a neighbour on the other core would blur.
+        stages.run(
+            name,
+            [["mobileclip.cli", "export", str(checkpoint), str(bundle), "--pairs", str(place.validation), "--target", "onnx,coreml,tensorrt",
+              "--precision", "fp32,fp16,int8", "--samples", samples, *seed]],
+            inputs=[checkpoint / "receipt.json"], outputs=[bundle / "manifest.json"],
+        )  # fmt: skip
+
+
+def _stamps(place: Layout, stages: Stages) -> None:
+    """Photographs for zero-shot evaluation, where Debian's packages are to be had; the demo goes on without them."""
+    if shutil.which("apt-get") is None:
+        _say("[demo] stamps: left out, apt-get is not on this machine")
+        return
+    try:
+        stages.run("stamps", [["mobileclip.cli", "sample", "stamps", str(place.stamps)]])
+    except StageError:
+        _say("[demo] stamps: left out, the photographs could not be fetched (message above)")
+
+
+def _measure(config: DemoConfig, place: Layout, stages: Stages) -> dict[str, Any]:
+    """Stages that measure: retrieval of everything, latency of the bundles, the tables, the report."""
+    from benchmarks.suites import figures
+
+    made = [place.bundle / "manifest.json", place.teacher_bundle / "manifest.json", place.student / "receipt.json", place.plain / "receipt.json"]
+    stages.run(
+        "evaluate",
+        [["benchmarks.suites.figures", str(place.out), group] for group in figures.GROUPS],
+        inputs=made, outputs=[figures.evaluation_path(place.out, "student, reinforced")],
+    )  # fmt: skip
+    seconds = "1" if config.quick else "4"
+    for name, bundle, results in (("bench", place.bundle, place.results), ("bench-teacher", place.teacher_bundle, place.teacher_results)):
+        stages.run(name, [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds]], inputs=[bundle / "manifest.json"], outputs=[results])
+    tables, summary = figures.tables(place, stages.seconds())
+    _write_json(place.tables, tables)
+    stages.run("report", [["mobileclip.cli", "report", str(place.results), "--run", str(place.out), "-o", str(place.report)]], inputs=[place.tables], outputs=[place.report])
+    _say(figures.as_text(tables))
+    return summary
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: list[str]) -> int:
+    """`mclip demo`."""
+    import tyro
+
+    config = tyro.cli(DemoConfig, args=argv, prog="mclip demo", description=__doc__)
+    summary = run_demo(config)
+    _say(json.dumps(summary, indent=1))
+    _say(f"everything is under {config.out}; look at {config.out}/report.html")
+    return 0

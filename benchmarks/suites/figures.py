@@ -1,0 +1,304 @@
+"""What the demo reports: retrieval and zero-shot of every model on the same pictures, the tables, the headline.
+
+    python -m benchmarks.suites.figures OUT teachers|students
+
+Two processes evaluate side by side; each model's result is kept in OUT/evaluations/NAME.json with the hash of what it was
+made from, so that a rerun evaluates only what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.evaluation import Encoder, Gallery, embed_gallery, retrieval, zero_shot
+from runtime.metrics import paired_recall_test
+from runtime.pairs import Pairs, open_pairs
+
+SPLITS = ("held_out", "trained", "keycap", "clock", "flag", "all")
+
+QUERIES: dict[str, str] = {}
+"""Query -> concept that is right; the README lists them."""
+
+
+def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
+    """Every model of a run, by the name that the tables give it; opened when called."""
+    import runtime
+    from distill.evaluate import EnsembleEncoder, open_encoder
+    from distill.teachers import open_teacher
+
+    def teacher(name: str) -> Encoder:
+        return open_teacher(str(out / "teachers" / name))
+
+    def coreml(bundle: str) -> Encoder:
+        from benchmarks.suites.coreml import CoreMLEncoder
+
+        return CoreMLEncoder(out / bundle)
+
+    def mixed(bundle: str) -> dict[str, str]:
+        manifest = json.loads((out / bundle / "manifest.json").read_text(encoding="utf-8"))
+        proven = {a["tower"] for a in manifest["artefacts"] if a["target"] == "onnx" and a["precision"] == "int8" and a["status"] == "proven"}
+        return {tower: "int8" if tower in proven else "fp32" for tower in ("image", "text")}
+
+    return {
+        "teacher lite0": lambda: teacher("lite0"),
+        "teacher lite1": lambda: teacher("lite1"),
+        "teacher ensemble": lambda: EnsembleEncoder([teacher("lite0"), teacher("lite1")]),
+        "student, reinforced": lambda: open_encoder(out / "ckpt/student"),
+        "student, plain": lambda: open_encoder(out / "ckpt/plain"),
+        "student, pruned 25 %": lambda: open_encoder(out / "ckpt/pruned"),
+        "bundle fp32": lambda: runtime.load(out / "bundle", threads=1, prefer="fp32"),
+        "bundle int8": lambda: runtime.load(out / "bundle", threads=1, prefer=mixed("bundle")),
+        "bundle Core ML fp16": lambda: coreml("bundle"),
+        "sample teacher fp32": lambda: runtime.load(out / "teacher-bundle", threads=1, prefer="fp32"),
+        "sample teacher int8": lambda: runtime.load(out / "teacher-bundle", threads=1, prefer=mixed("teacher-bundle")),
+    }
+
+
+GROUPS = {
+    "teachers": ("teacher lite0", "teacher lite1", "teacher ensemble", "baselines"),
+    "students": (
+        "student, reinforced", "student, plain", "student, pruned 25 %", "bundle fp32", "bundle int8", "bundle Core ML fp16", "sample teacher fp32", "sample teacher int8",
+    ),
+}  # fmt: skip
+
+
+def evaluate_group(out: Path, group: str) -> None:
+    """Evaluate every model of a group on the test pictures and, where they are there, on the photographs."""
+    test = open_pairs(out / "pairs/test")
+    stamps = open_pairs(out / "pairs/stamps") if (out / "pairs/stamps").is_dir() else None
+    known = evaluations(out)
+    galleries: dict[str, tuple[Gallery, Gallery | None]] = {}
+    for name in GROUPS[group]:
+        if name == "baselines":
+            from benchmarks.suites.lookup import evaluate_baselines
+
+            for baseline, result in evaluate_baselines(out).items():
+                _write(out, baseline, {"test": result})
+            continue
+        path = evaluation_path(out, name)
+        digest = _digest(out, name)
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("digest") == digest:
+            continue
+        encoder = known[name]()
+        # The ensemble's and the int8 text tower's pictures were embedded already by their parts.
+        if name == "teacher ensemble" and {"teacher lite0", "teacher lite1"} <= galleries.keys():
+            parts = [galleries[member] for member in ("teacher lite0", "teacher lite1")]
+            galleries[name] = (_joined([part[0] for part in parts]), _joined([part[1] for part in parts if part[1]]) if stamps else None)
+        elif name == "sample teacher int8" and "sample teacher fp32" in galleries and "int8" not in str(encoder.choice["image"].id):  # type: ignore[attr-defined]
+            galleries[name] = galleries["sample teacher fp32"]
+        else:
+            galleries[name] = (embed_gallery(encoder, test), embed_gallery(encoder, stamps) if stamps else None)
+        found, photos = galleries[name]
+        result: dict[str, Any] = {"test": retrieval(encoder, test, gallery=found), "zero_shot": zero_shot(encoder, test, gallery=found)}
+        if stamps is not None and photos is not None:
+            result["stamps"] = retrieval(encoder, stamps, gallery=photos)
+        _write(out, name, {"digest": digest, **result})
+
+
+def _joined(galleries: list[Gallery]) -> Gallery:
+    import dataclasses
+
+    return dataclasses.replace(galleries[0], embeddings=np.concatenate([g.embeddings for g in galleries], axis=1) / len(galleries) ** 0.5)
+
+
+def _digest(out: Path, name: str) -> str:
+    """Of the receipts that decide a model's figures."""
+    places = {"teacher": "teachers/lite0/receipt.json", "student, reinforced": "ckpt/student/receipt.json", "student, plain": "ckpt/plain/receipt.json",
+              "student, pruned": "ckpt/pruned/receipt.json", "bundle": "bundle/manifest.json", "sample": "teacher-bundle/manifest.json"}  # fmt: skip
+    receipt = next(place for start, place in places.items() if name.startswith(start))
+    other = out / "teachers/lite1/receipt.json"
+    return hashlib.sha256((out / receipt).read_bytes() + (out / "pairs/sample.json").read_bytes() + (other.read_bytes() if other.exists() else b"")).hexdigest()
+
+
+def evaluation_path(out: Path, name: str) -> Path:
+    return out / "evaluations" / f"{name.replace(' ', '-').replace(',', '').replace('%', 'percent')}.json"
+
+
+def _write(out: Path, name: str, result: dict[str, Any]) -> None:
+    path = evaluation_path(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({"model": name, **result}), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_evaluations(out: Path) -> dict[str, dict[str, Any]]:
+    """Every evaluated model's result, in the order of the tables."""
+    order = ["thumbnail lookup", "lite0 feature lookup", *(name for group in GROUPS.values() for name in group if name != "baselines")]
+    return {name: json.loads(evaluation_path(out, name).read_text(encoding="utf-8")) for name in order if evaluation_path(out, name).exists()}
+
+
+def kind_of(name: str) -> str:
+    if "lookup" in name:
+        return "baseline"
+    return {"teacher": "teacher", "student": "student"}.get(name.split()[0].rstrip(","), "artefact")
+
+
+def costs(out: Path, name: str) -> dict[str, Any]:
+    """Parity, milliseconds and megabytes of a bundle's artefacts, as its manifest recorded them; empty for anything else."""
+    bundle = {"bundle": "bundle", "sample": "teacher-bundle"}.get(name.split()[0])
+    if bundle is None:
+        checkpoint = {"student, reinforced": "student", "student, plain": "plain", "student, pruned 25 %": "pruned"}.get(name)
+        return {"megabytes": round((out / "ckpt" / checkpoint / "model.safetensors").stat().st_size / 1e6, 2)} if checkpoint else {}
+    manifest = json.loads((out / bundle / "manifest.json").read_text(encoding="utf-8"))
+    target, precision = ("coreml", "fp16") if "Core ML" in name else ("onnx", name.split()[-1])
+    chosen = {}
+    for tower in ("image", "text"):
+        found = [a for a in manifest["artefacts"] if a["tower"] == tower and a["target"] == target and a["status"] == "proven" and a["batch"] == "dynamic"]
+        found = found or [a for a in manifest["artefacts"] if a["tower"] == tower and a["target"] == target and a["status"] == "proven"]
+        best = [a for a in found if a["precision"] == precision] or [a for a in found if a["precision"] == "fp32"]
+        if best:
+            chosen[tower] = best[0]
+    return {
+        "parity_cosine_min": min((a["parity"]["cosine_min"] for a in chosen.values()), default=None),
+        **{f"{tower}_ms": (a["latency"] or {}).get("p50_ms") for tower, a in chosen.items()},
+        "megabytes": round(sum(a["bytes"] for a in chosen.values()) / 1e6, 2),
+    }
+
+
+def tables(place: Any, seconds: dict[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tables.json for the report, and the flat summary: everything read from what the stages wrote."""
+    out: Path = place.out
+    found = load_evaluations(out)
+    rows, zero = [], []
+    for name, result in found.items():
+        cost = costs(out, name)
+        for direction in ("text_to_image", "image_to_text"):
+            for split, row in result["test"].get(direction, {}).items():
+                rows.append({"model": name, "kind": kind_of(name), "split": split, "direction": direction, "gallery": result["test"]["gallery"]["count"], **row, **cost})
+            if "stamps" in result:
+                row = result["stamps"][direction]["all"]
+                rows.append({"model": name, "kind": kind_of(name), "split": "stamps", "direction": direction, "gallery": result["stamps"]["gallery"]["count"], **row, **cost})
+        if "zero_shot" in result:
+            zero.append({"model": name, "kind": kind_of(name), "n": result["zero_shot"]["n"], "accuracy": result["zero_shot"]["accuracy"]})
+    examples = search_examples(out)
+    summary = headline(out, found, examples)
+    tables = {
+        "title": "From pictures to a proven bundle", "created": _now(), "rows": rows, "zero_shot": zero, "timings": seconds, "headline": summary, "examples": examples["shown"],
+    }  # fmt: skip
+    return tables, summary
+
+
+def headline(out: Path, found: dict[str, dict[str, Any]], examples: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the README quotes, names with units."""
+
+    def recall(name: str, split: str, k: int = 5) -> dict[str, float]:
+        return found[name]["test"]["text_to_image"][split][f"recall@{k}"]
+
+    summary: dict[str, Any] = {}
+    for key, name in (
+        ("student", "student, reinforced"), ("plain", "student, plain"), ("ensemble", "teacher ensemble"), ("pruned", "student, pruned 25 %"),
+        ("bundle_fp32", "bundle fp32"), ("bundle_int8", "bundle int8"), ("coreml", "bundle Core ML fp16"),
+        ("thumbnail_lookup", "thumbnail lookup"), ("feature_lookup", "lite0 feature lookup"),
+        ("sample_teacher_fp32", "sample teacher fp32"), ("sample_teacher_int8", "sample teacher int8"),
+    ):  # fmt: skip
+        if name in found:
+            for split in ("trained", "held_out"):
+                if split in found[name]["test"]["text_to_image"]:
+                    value = recall(name, split)
+                    summary[f"recall5_{key}_{split}"] = round(value["value"], 4)
+                    summary[f"recall5_{key}_{split}_low"], summary[f"recall5_{key}_{split}_high"] = round(value["low"], 4), round(value["high"], 4)
+    for split in ("trained", "held_out"):
+        pair = [np.array(found[name]["test"]["ranks"]["text_to_image"][split]) for name in ("student, reinforced", "student, plain")]
+        test = paired_recall_test(pair[0], pair[1], 5)
+        summary[f"recall5_student_minus_plain_{split}"] = round(float(test[0]), 4)
+        summary[f"recall5_student_minus_plain_{split}_p"] = float(test[2])
+    for bundle, key in (("bundle", "bundle"), ("teacher-bundle", "sample_teacher")):
+        manifest = json.loads((out / bundle / "manifest.json").read_text(encoding="utf-8"))
+        for artefact in manifest["artefacts"]:
+            if artefact["parity"]:
+                summary[f"{key}_{artefact['id']}_cosine_min"] = round(artefact["parity"]["cosine_min"], 7)
+        summary.update(text_int8(manifest, key))
+    full, quantised = (summary.get(f"recall5_sample_teacher_{p}_trained") for p in ("fp32", "int8"))
+    if full and quantised:
+        summary["sample_teacher_int8_recall5_kept"] = round(quantised / full, 4)
+    summary["gallery_pictures"] = found["student, reinforced"]["test"]["gallery"]["count"]
+    summary["gallery_sha256"] = found["student, reinforced"]["test"]["gallery"]["sha256"]
+    summary["search_hits_of_20"] = examples["hits"]
+    return summary
+
+
+def text_int8(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    """Size and time of the text tower's int8 against its fp32, as the exporter measured them side by side."""
+    towers = {a["precision"]: a for a in manifest["artefacts"] if a["tower"] == "text" and a["target"] == "onnx" and a["batch"] == "dynamic" and a["path"]}
+    if not {"fp32", "int8"} <= towers.keys():
+        return {}
+    latency = towers["int8"]["latency"] or {}
+    return {
+        f"{key}_text_int8_size_ratio": round(towers["int8"]["bytes"] / towers["fp32"]["bytes"], 3),
+        **({f"{key}_text_int8_latency_ratio": round(latency["ratio"], 3)} if "ratio" in latency else {}),
+    }
+
+
+def search_examples(out: Path) -> dict[str, Any]:
+    """The README's queries through the bundle as an app would load it: top five pictures each, and how many queries found theirs."""
+    import runtime
+
+    pairs: Pairs = open_pairs(out / "pairs/test")
+    clip = runtime.load(out / "bundle", threads=1)
+    gallery = embed_gallery(clip, pairs)
+    concepts = [str(facts.get("concept")) for facts in gallery.meta]
+    scores = clip.encode_text(list(QUERIES)) @ gallery.embeddings.T
+    shown, hits = [], 0
+    for (query, concept), row in zip(QUERIES.items(), scores, strict=True):
+        top = np.argsort(-row, kind="stable")[:5]
+        results = [{"key": gallery.keys[n], "score": round(float(row[n]), 4), "right": concepts[n] == concept} for n in top]
+        hits += any(result["right"] for result in results)
+        target = next((gallery.keys[n] for n in range(len(concepts)) if concepts[n] == concept), None)
+        split = "held_out" if target and gallery.meta[gallery.keys.index(target)].get("held_out") else "trained"
+        shown.append({"query": query, "split": split, "target_key": target, "results": results})
+    return {"shown": shown, "hits": hits}
+
+
+def as_text(tables: dict[str, Any]) -> str:
+    """The closing table of the demo."""
+    chosen = [row for row in tables["rows"] if row["direction"] == "text_to_image" and row["split"] in ("held_out", "trained")]
+    by_model: dict[str, dict[str, Any]] = {}
+    for row in chosen:
+        by_model.setdefault(row["model"], {})[row["split"]] = row
+    lines = [
+        f"text to image, recall@5 [95 % interval], gallery of {chosen[0]['gallery']} pictures in a drawing style that nobody trained on",
+        f"{'':22}  {'held-out concepts':22}  {'trained concepts':22}  {'min cosine':>10}  {'image ms':>8}  {'text ms':>8}  {'MB':>7}",
+    ]
+    for model, splits in by_model.items():
+        any_row = next(iter(splits.values()))
+        cells = []
+        for split in ("held_out", "trained"):
+            row = splits.get(split)
+            cells.append(f"{row['recall@5']['value']:.3f} [{row['recall@5']['low']:.3f}, {row['recall@5']['high']:.3f}]" if row else "-")
+
+        def number(key: str, form: str, row: dict[str, Any] = any_row) -> str:
+            return format(row[key], form) if isinstance(row.get(key), (int, float)) else "-"
+
+        lines.append(
+            f"{model:22}  {cells[0]:22}  {cells[1]:22}  {number('parity_cosine_min', '.6f'):>10}  {number('image_ms', '.2f'):>8}  "
+            f"{number('text_ms', '.2f'):>8}  {number('megabytes', '.2f'):>7}"
+        )
+    return "\n".join(lines)
+
+
+def _now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def main(argv: list[str]) -> int:
+    """`python -m benchmarks.suites.figures OUT GROUP`."""
+    import torch
+
+    torch.set_num_threads(1)
+    evaluate_group(Path(argv[0]), argv[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
