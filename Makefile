@@ -25,7 +25,7 @@ demo-quick: $(STAMP)
 	$(BIN)/mclip demo --quick --out out/demo-quick
 
 grid: $(STAMP)
-	$(BIN)/python -m distill.grid --out out/grid
+	$(BIN)/python -m benchmarks.suites.grid --run out/demo --out out/grid
 
 test: $(STAMP)
 	$(BIN)/python -m distill.fetch
