@@ -110,7 +110,7 @@ class Maker:
         static = _Draft(tower=tower, precision="int8", batch="1", model=_fixed(draft.model))
         write_onnx(static.model, self.folder / static.path)
         sessions[static.id] = OnnxEncoder(self.folder / static.path)
-        static.parity = self._parity(tower, sessions[static.id], inputs[:STATIC_SAMPLES])
+        static.parity = self._parity(tower, sessions[static.id], inputs)
         return [draft, static]
 
     def _quantised(self, tower: Tower, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -124,7 +124,9 @@ class Maker:
         problem = _refusal(draft, against) if draft.precision == "int8" else None
         if draft.precision == "int8":
             verdict = f"refused ({problem})" if problem else "proven"
-            self.say(f"{draft.id}: {verdict}, {_sentence(draft.parity)}, {latency['p50_ms']:.2f} ms")
+            self.say(f"{draft.id}: {verdict}, {_sentence(draft.parity)}")
+        beside = f", {against.median:.2f} of fp32" if against else ""
+        self.say(f"{draft.id}: {latency['p50_ms']:.2f} ms on one thread{beside}, {len(serialize(draft.model)) / 1e6:.1f} MB")
         return Artefact(
             id=draft.id,
             tower=draft.tower,

@@ -71,7 +71,7 @@ def export_coreml(model: Any, tower: Tower, example: np.ndarray, path: str | os.
 
 
 def _simplify(program: Any) -> None:
-    """Rewrite, in place, what coremltools does not take: aliases go, and integer bounds of clamps on float tensors become floats."""
+    """Rewrite, in place, what coremltools does not take: aliases go; clamps on float tensors get two finite float bounds (it fills in infinities)."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -79,14 +79,22 @@ def _simplify(program: Any) -> None:
         if str(node.target) in ("aten.alias.default", "aten.detach.default"):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif "clamp" in str(node.target) and node.args[0].meta["val"].is_floating_point():
-            node.args = (node.args[0], *(_as_float(a) for a in node.args[1:]))
-            node.kwargs = {key: _as_float(value) for key, value in node.kwargs.items()}
+        elif str(node.target) in _CLAMPS and node.args[0].meta["val"].is_floating_point():
+            low, high = (_bound(node, name) for name in ("min", "max"))
+            node.target = torch.ops.aten.clamp.default
+            node.args, node.kwargs = (node.args[0], -HALF_MAX if low is None else low, HALF_MAX if high is None else high), {}
     program.graph_module.recompile()
 
 
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value
+_CLAMPS = ("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
+
+
+def _bound(node: Any, name: str) -> float | None:
+    """The lower ("min") or upper ("max") bound of a clamp, None where it has none."""
+    places = {"aten.clamp.default": {"min": 1, "max": 2}, "aten.clamp_min.default": {"min": 1}, "aten.clamp_max.default": {"max": 1}}[str(node.target)]
+    place = places.get(name, len(node.args))
+    value = node.kwargs.get(name, node.args[place] if place < len(node.args) else None)
+    return None if value is None else float(value)
 
 
 def make_reproducible(package: Path) -> None:

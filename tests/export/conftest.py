@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from mobileclip.checkpoint import save_checkpoint
+from export.bundle import ExportConfig, export_bundle
+from export.towers import Samples, read_samples
+from export.verify import Reference, reference_of
+from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.config import ModelConfig, preset
 from mobileclip.model import ImageTextModel
 from mobileclip.reparameterize import structured_images
-from runtime.pairs import write_shard
+from runtime.pairs import open_pairs, write_shard
 
 torch.set_num_threads(1)
 
-WORDS = "red blue green tall small round old new quiet loud cat dog house boat tree star heart clock flag fish".split()
+WORDS = ["red", "blue", "green", "tall", "small", "round", "old", "new", "quiet", "loud", "cat", "dog", "house", "boat", "tree", "star", "heart", "clock", "flag", "fish"]
 
 
 def calibrated(config: ModelConfig, seed: int = 0) -> ImageTextModel:
@@ -66,10 +71,48 @@ def pocket() -> ImageTextModel:
 
 
 @pytest.fixture(scope="session")
-def pocket_checkpoint(pocket, tmp_path_factory) -> Path:
-    return save_checkpoint(pocket, tmp_path_factory.mktemp("checkpoint") / "pocket")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all test processes of this run share."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+def once(shared: Path, name: str, make) -> Path:
+    """Make a folder in one process; the others wait for it."""
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / f"{name}.done").exists():
+            make(shared / name)
+            (shared / f"{name}.done").touch()
+    return shared / name
 
 
 @pytest.fixture(scope="session")
-def pairs_folder(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "validation")
+def pocket_checkpoint(pocket, shared) -> Path:
+    return once(shared, "pocket", lambda folder: save_checkpoint(pocket, folder))
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(shared) -> Path:
+    return once(shared, "pairs", write_pairs)
+
+
+@pytest.fixture(scope="session")
+def pocket_bundle(pocket_checkpoint, pairs_folder, shared) -> Path:
+    """The pocket model exported to everything, as `mclip export` does it."""
+
+    def make(folder: Path) -> None:
+        export_bundle(ExportConfig(checkpoint=pocket_checkpoint, bundle=folder, pairs=pairs_folder, target="all", samples=32, calibration=12, golden=4))
+
+    return once(shared, "bundle", make)
+
+
+@pytest.fixture(scope="session")
+def samples(pocket, pocket_checkpoint, pairs_folder) -> Samples:
+    found, skipped = read_samples(open_pairs(pairs_folder), range(32), preprocess_config(pocket.config), open_tokenizer(pocket_checkpoint, pocket.config))
+    assert not skipped
+    return found
+
+
+@pytest.fixture(scope="session")
+def reference(pocket, samples) -> Reference:
+    return reference_of(pocket, samples)
