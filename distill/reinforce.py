@@ -51,7 +51,7 @@ class ReinforceConfig:
     """Folder of tar shards."""
     store: tyro.conf.Positional[str]
     """Folder to write; one that was interrupted is continued."""
-    teachers: tuple[str, ...] = ()
+    teachers: tuple[str, ...]
     """Checkpoint folders, open_clip:NAME[/PRETRAINED], or module:function."""
     augmentations: int = 5
     """Views a picture."""
@@ -82,7 +82,6 @@ class ReinforceConfig:
 
 def main(argv: list[str]) -> int:
     """Entry point of `mclip reinforce`; returns the exit code."""
-    # tyro makes a default instance to show its defaults, which a config without teachers refuses to be
     config = tyro.cli(ReinforceConfig, args=argv, prog="mclip reinforce")
     index = reinforce(config)
     figures = index["figures"]
@@ -204,6 +203,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StoreError(f"another process is writing the store '{folder}'; wait for it or stop it") from None
+        for half in folder.glob(".*.safetensors.*"):  # of a worker that was killed while it wrote
+            half.unlink()
         yield
 
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ import numpy as np
 from distill import augment
 from distill.augment import AugmentSpec
 from distill.captions import Caption
+from distill.ensemble import encode_texts, encode_views, open_teacher
 from distill.store import Part, PartRows, TeacherFacts, unit, write_part, write_safetensors
 from runtime.errors import ClipError, ImageError, MissingExtraError
 from runtime.pairs import Pairs, open_pairs
@@ -89,12 +91,9 @@ def _leave_with(sentinel: int) -> None:
 def _teachers() -> list[Any]:
     if "teachers" not in _STATE:
         try:
-            import torch
-
-            from distill.teachers import open_teacher
-
-            torch.set_num_threads(1)
             _STATE["teachers"] = [open_teacher(spec) for spec in _STATE["specs"]]
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)
         except MissingExtraError as error:
             raise ClipError(str(error)) from None  # its constructor takes three arguments, so it cannot be pickled
     return _STATE["teachers"]
@@ -124,8 +123,6 @@ def _fields(fact: TeacherFacts) -> dict[str, Any]:
 def embed_texts(task: TextTask) -> float:
     """Write one safetensors file of float32 (n, D) per teacher, and return the processor seconds it took."""
     started = time.process_time()
-    from distill.teachers import encode_texts
-
     vectors = encode_texts(_teachers(), task.texts)
     write_safetensors(Path(task.path), {str(t): ("F32", vector.astype("<f4")) for t, vector in enumerate(vectors)}, task.metadata)
     return time.process_time() - started
@@ -140,8 +137,6 @@ def view_parameters(seed: int, key: str, view: int, spec: AugmentSpec, size: tup
 def embed_part(task: PartTask) -> PartDone:
     """Decode, augment and embed the rows of a part, and write it."""
     teachers, pairs = _teachers(), _pairs()
-    from distill.teachers import encode_views
-
     seconds: Counter[str] = Counter()
     skipped, kept = list(task.skipped), []
     packed: list[np.ndarray] = []

@@ -58,7 +58,7 @@ class PartRows:
     image_embeddings: list[np.ndarray]
     """Per teacher (n, A, D) float32, unit norm."""
     text_embeddings: list[np.ndarray]
-    """Per teacher (n, C, D) float32; rows beyond a sample's captions are ignored."""
+    """Per teacher (n, at least C, D) float32; what lies beyond a sample's captions is ignored."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """Per sample columns (n,), float32 or int32."""
 
@@ -115,7 +115,7 @@ def write_part(path: Path, rows: PartRows, *, dtype: str, tables: dict[str, list
         **_caption_arrays(rows.captions, width, tables),
     }
     for t, (images, texts) in enumerate(zip(rows.image_embeddings, rows.text_embeddings, strict=True)):
-        texts = texts.copy()
+        texts = texts[:, :width].copy()
         for row, captions in enumerate(rows.captions):
             texts[row, len(captions) :] = 0
         arrays |= _vector_arrays(f"image.{t}", images, dtype) | _vector_arrays(f"text.{t}", texts, dtype)

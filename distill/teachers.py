@@ -1,10 +1,4 @@
-"""Teachers: what turns views and texts into the embeddings that a store keeps.
-
-A teacher is named by one string:
-
-    path/to/checkpoint            a checkpoint folder of ours
-    open_clip:NAME[/PRETRAINED]   an open_clip model; without PRETRAINED its weights are random (tests, timing)
-    module:function               a callable without arguments that returns any object with the attributes of `Teacher`
+"""Teachers made of torch towers: checkpoint folders of ours and open_clip models. `distill.ensemble.open_teacher` calls these.
 
 Shapes: B = batch, S = the teacher's image size, D = its dimension.
 """
@@ -14,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distill.store import TeacherFacts, unit
-from runtime.errors import CheckpointError, MissingExtraError, RecipeError, StoreError
+from runtime.errors import CheckpointError, MissingExtraError, StoreError
 from runtime.preprocess import PreprocessConfig, normalise, preprocess
 
 logger = logging.getLogger(__name__)
 
 MICRO_BATCH = 16
 """Pictures a forward pass: measured for EfficientNet-lite at 128 px on one core, 64 at once takes twice the time a picture."""
-
-
-@runtime_checkable
-class Teacher(Protocol):
-    """What reinforcement needs. Both functions return float32 (B, D) of unit norm."""
-
-    facts: TeacherFacts
-    image_size: int
-
-    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
-        """images: uint8 (B, S, S, 3) views of exactly the teacher's size, or pictures of any size (resized and cropped)."""
-
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """texts: any strings."""
 
 
 class TorchTeacher:
@@ -100,53 +78,8 @@ class TorchTeacher:
         return self.project_text(self.text_features(texts))
 
 
-def encode_texts(teachers: Sequence[Teacher], texts: Sequence[str]) -> list[np.ndarray]:
-    """Embeddings of texts by every teacher, list of (B, D). Teachers that share a text trunk share its features."""
-    shared: dict[str, np.ndarray] = {}
-    out = []
-    for teacher in teachers:
-        if isinstance(teacher, TorchTeacher):
-            if teacher.text_trunk not in shared:
-                shared[teacher.text_trunk] = teacher.text_features(texts)
-            out.append(teacher.project_text(shared[teacher.text_trunk]))
-        else:
-            out.append(check_output(teacher, teacher.encode_text(texts), len(texts), "texts"))
-    return out
-
-
-def encode_views(teachers: Sequence[Teacher], views: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Embeddings of views by every teacher, list of (B, D). views: per image size a uint8 (B, S, S, 3) array of the same views."""
-    return [check_output(teacher, teacher.encode_image(views[teacher.image_size]), len(views[teacher.image_size]), "views") for teacher in teachers]
-
-
-def check_output(teacher: Teacher, values: Any, count: int, what: str) -> np.ndarray:
-    """float32 (count, D), finite, unit norm. Raises StoreError for anything else that a foreign teacher returns."""
-    values = np.asarray(values, np.float32)
-    if values.shape != (count, teacher.facts.dim) or not np.isfinite(values).all():
-        raise StoreError(
-            f"teacher '{teacher.facts.name}' returned {values.shape} for {count} {what}, finite: {bool(np.isfinite(values).all())}; expected finite ({count}, {teacher.facts.dim})"
-        )
-    return unit(values)
-
-
-def open_teacher(spec: str) -> Teacher:
-    """A teacher by its string (see the top of this module).
-
-    Raises:
-        RecipeError: the string fits none of the three forms, or the callable does not return a teacher.
-        CheckpointError: a checkpoint or an open_clip name that cannot be loaded.
-    """
-    if spec.startswith("open_clip:"):
-        name, _, pretrained = spec.removeprefix("open_clip:").partition("/")
-        return _open_clip(name, pretrained or None)
-    if Path(spec).is_dir():
-        return _checkpoint(Path(spec))
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
-        return _callable(spec)
-    raise RecipeError(f"teacher '{spec}' is no checkpoint folder, no open_clip:NAME[/PRETRAINED] and no module:function; give one of the three")
-
-
-def _checkpoint(folder: Path) -> TorchTeacher:
+def open_checkpoint(folder: Path) -> TorchTeacher:
+    """A checkpoint folder of ours, its hashes checked. Raises CheckpointError."""
     from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
 
     receipt = verify_receipt(folder)
@@ -178,7 +111,8 @@ class _OpenClipText(nn.Module):
         return self.model.encode_text(tokens.long())
 
 
-def _open_clip(name: str, pretrained: str | None) -> TorchTeacher:
+def open_open_clip(name: str, pretrained: str | None) -> TorchTeacher:
+    """An open_clip model; with `pretrained` None its weights are random, the same every time. Raises CheckpointError."""
     try:
         import open_clip
     except ImportError:
@@ -208,18 +142,6 @@ def _open_clip(name: str, pretrained: str | None) -> TorchTeacher:
     return TorchTeacher(
         known, image, image_tower, _OpenClipText(model), nn.Identity(), lambda texts: tokenizer(list(texts)).numpy(), lambda tokens: tokens
     )
-
-
-def _callable(spec: str) -> Teacher:
-    module_name, _, function_name = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"teacher '{spec}' cannot be imported ({error}); expected module:function on the Python path") from error
-    teacher = function()
-    if not isinstance(teacher, Teacher) or not isinstance(teacher.facts, TeacherFacts):
-        raise RecipeError(f"teacher '{spec}' returned {type(teacher).__name__}, which lacks facts (TeacherFacts), image_size, encode_image or encode_text")
-    return teacher
 
 
 def _preprocessing(config: PreprocessConfig) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""Teachers for tests: fixed random maps of thumbnails and letters, without torch; they start in milliseconds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from distill.store import TeacherFacts, unit
+
+
+class TinyTeacher:
+    def __init__(self, name: str, dim: int, image_size: int, seed: int, delay: float = 0.0) -> None:
+        rng = np.random.default_rng(seed)
+        self.facts = TeacherFacts(name=name, dim=dim, logit_scale=10.0, licence="MIT", sha256=f"seed {seed}")
+        self.image_size, self.delay = image_size, delay
+        self._image, self._text = rng.standard_normal((48, dim)).astype(np.float32), rng.standard_normal((256, dim)).astype(np.float32)
+
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+        time.sleep(self.delay)
+        small = [np.asarray(Image.fromarray(np.asarray(image)).resize((4, 4), Image.Resampling.BOX), np.float32).reshape(-1) for image in images]
+        return unit((np.stack(small) / 255 - 0.5) @ self._image)
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        return unit(np.stack([np.bincount(np.frombuffer(text.encode() or b" ", np.uint8), minlength=256) @ self._text for text in texts]).astype(np.float32))
+
+
+def red() -> TinyTeacher:
+    return TinyTeacher("red", 8, 32, 1)
+
+
+def blue() -> TinyTeacher:
+    return TinyTeacher("blue", 12, 24, 2)
+
+
+def slow() -> TinyTeacher:
+    return TinyTeacher("red", 8, 32, 1, delay=float(os.environ.get("TINY_DELAY", "0")))
+
+
+def broken() -> TinyTeacher:
+    teacher = red()
+    teacher.encode_image = lambda images: np.full((len(images), 8), np.nan, np.float32)  # type: ignore[method-assign]
+    return teacher
+
+
+def misshapen() -> TinyTeacher:
+    teacher = red()
+    teacher.encode_text = lambda texts: np.ones((len(texts), 7), np.float32)  # type: ignore[method-assign]
+    return teacher
+
+
+def not_a_teacher() -> str:
+    return "no"
