@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
 from mobileclip.model import ImageTextModel

@@ -195,7 +195,7 @@ def _step(
     if not torch.isfinite(loss):
         keys = [store.keys[row] for row in batch.rows]
         raise TrainingError(
-            f"the loss is {float(loss)} at step {run.step + 1}; the last saved state is intact. The batch holds {', '.join(keys[:4])} and "
+            f"the loss is {loss.item()} at step {run.step + 1}; the last saved state is intact. The batch holds {', '.join(keys[:4])} and "
             f"{max(0, len(keys) - 4)} more. Lower learning_rate (now {recipe.learning_rate})"
         )
     run.optimizer.zero_grad(set_to_none=True)

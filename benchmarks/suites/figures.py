@@ -24,8 +24,30 @@ from runtime.pairs import Pairs, open_pairs
 
 SPLITS = ("held_out", "trained", "keycap", "clock", "flag", "all")
 
-QUERIES: dict[str, str] = {}
-"""Query -> concept that is right; the README lists them."""
+QUERIES: dict[str, str] = {
+    "a red heart": "2764",
+    "pizza": "1f355",
+    "dog face": "1f436",
+    "rocket": "1f680",
+    "sunflower": "1f33b",
+    "banana": "1f34c",
+    "soccer ball": "26bd",
+    "guitar": "1f3b8",
+    "strawberry": "1f353",
+    "fire": "1f525",
+    "key": "1f511",
+    "crab": "1f980",
+    "Christmas tree": "1f384",
+    "hot dog": "1f32d",
+    "bicycle": "1f6b2",
+    "rainbow": "1f308",
+    "watermelon": "1f349",
+    "penguin": "1f427",
+    "grapes": "1f347",
+    "light bulb": "1f4a1",
+}
+"""Query -> concept that is right, everyday things written down before any model was asked. Two of them, banana and soccer ball, were held
+out of training."""
 
 
 def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
