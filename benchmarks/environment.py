@@ -12,7 +12,11 @@ from typing import Any
 PACKAGES = ("mobileclip-edge", "numpy", "pillow", "onnxruntime", "tokenizers", "ftfy", "onnx", "coremltools", "tensorrt_rtx_cu13", "torch", "timm")
 """Distributions whose versions are recorded when they are installed (looked up, never imported)."""
 
-FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve")
+FEATURES = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "sve"),
+)
+"""Instruction sets that decide which kernels a runtime can pick."""
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:

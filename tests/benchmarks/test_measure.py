@@ -204,7 +204,17 @@ def test_garbage_collection_is_off_while_timing_and_back_on_after_a_failure() ->
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("settings_", [{"warmup": -1}, {"min_samples": 0}, {"max_samples": 10}, {"seconds": float("nan")}, {"seconds": 9.0, "max_seconds": 1.0}, {"few_samples": 60}])
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"warmup": -1},
+        {"min_samples": 0},
+        {"max_samples": 10},
+        {"seconds": float("nan")},
+        {"seconds": 9.0, "max_seconds": 1.0},
+        {"few_samples": 60},
+    ],
+)
 def test_impossible_plans_are_refused(settings_: dict[str, float]) -> None:
     with pytest.raises(MeasureError):
         Plan(**settings_)  # type: ignore[arg-type]

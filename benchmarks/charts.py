@@ -1,0 +1,180 @@
+"""Charts of the report as inline SVG: drawn by Vega-Lite (altair, vl-convert), coloured by the page's own CSS variables.
+
+Colours and text are written as `var(--…)` and `currentColor`, so one drawing serves light and dark. Every chart is at most 540 units wide and
+scales with its column; the numbers behind it stand in a table of the page, so the drawing itself is one labelled image to a screen reader.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from runtime.errors import MissingExtraError
+
+KINDS = ("baseline", "teacher", "student", "artefact")
+"""Kinds of rows, in the order in which they take the colours --k1 … --k4."""
+
+WIDTH = 380
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+def recall_dots(rows: Sequence[dict[str, Any]], metric: str, title: str) -> str:
+    """A dot with its 95 % interval a model. Rows: {"model", "kind", "value", "low", "high"}; a value of None draws "no answer"."""
+    alt = _altair()
+    values = [{**row, "text": "no answer" if row["value"] is None else f"{row['value']:.2f}"} for row in rows]
+    top = max([row["high"] for row in rows if row["value"] is not None] or [0.1])
+    known = [row for row in values if row["value"] is not None]
+    order = [row["model"] for row in rows]
+    scale = alt.Scale(domain=[0, min(1.0, top * 1.18)], nice=False)
+    y = alt.Y("model:N", sort=order, title=None, axis=alt.Axis(labelLimit=190, ticks=False, domain=False, labelPadding=8, grid=False))
+    color = _kind_color(alt)
+    base = alt.Chart(alt.Data(values=known))
+    layers = [
+        alt.Chart(alt.Data(values=values)).mark_text(opacity=0).encode(y=y),  # keeps rows without an answer on the axis
+        base.mark_rule(strokeWidth=3, opacity=0.45).encode(
+            x=alt.X("low:Q", scale=scale, title=metric, axis=alt.Axis(tickCount=5)), x2="high:Q", y=y, color=color
+        ),
+        base.mark_circle(size=110, opacity=1).encode(x=alt.X("value:Q", scale=scale, title=metric), y=y, color=color),
+        base.mark_text(align="left", dx=7, fontSize=12, fill="currentColor").encode(x=alt.X("high:Q", scale=scale, title=metric), y=y, text="text:N"),
+    ]
+    silent = [row for row in values if row["value"] is None]
+    if silent:
+        mark = alt.Chart(alt.Data(values=silent)).mark_text(align="left", fontSize=12, fontStyle="italic", fill="var(--muted)", x=6)
+        layers.append(mark.encode(y=y, text="text:N"))
+    return _svg(alt.layer(*layers).properties(width=WIDTH - 60, height=alt.Step(30)), title)
+
+
+def curves(rows: Sequence[dict[str, Any]], y_title: str, title: str, *, zero: bool = False) -> str:
+    """Lines over samples seen. Rows: {"samples", "value", "series"}; series take the colours in the order of appearance."""
+    alt = _altair()
+    names = list(dict.fromkeys(row["series"] for row in rows))
+    color = alt.Color(
+        "series:N",
+        scale=alt.Scale(domain=names, range=[f"var(--s{index % 6 + 1})" for index in range(len(names))]),
+        legend=alt.Legend(orient="top", title=None, labelLimit=200, symbolType="stroke", symbolStrokeWidth=3, columns=3) if len(names) > 1 else None,
+    )
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_line(strokeWidth=2, interpolate="monotone", point=len(rows) <= 24)
+    chart = chart.encode(
+        x=alt.X("samples:Q", title="samples seen", axis=alt.Axis(format="~s", tickCount=5)),
+        y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5)),
+        color=color,
+    )
+    return _svg(chart.properties(width=WIDTH, height=220), title)
+
+
+def scatter(rows: Sequence[dict[str, Any]], x_title: str, y_title: str, title: str) -> str:
+    """Accuracy against a cost. Rows: {"model", "kind", "x", "value", "low", "high"}; x is logarithmic when it spans more than 4 times."""
+    alt = _altair()
+    xs = [row["x"] for row in rows]
+    spread = max(xs) / min(xs)
+    scale = alt.Scale(type="log", domain=[min(xs) / 1.3, max(xs) * 1.6], nice=False) if spread > 4 else alt.Scale(domain=[0, max(xs) * 1.35], nice=False)
+    x = alt.X("x:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, format="~g"))
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    room = max(0.01, (high - low) * 0.12)
+    y_scale = alt.Scale(domain=[max(0.0, low - room), min(1.0, high + room)], nice=False, zero=False)
+    color = _kind_color(alt)
+    placed = _place([dict(row) for row in rows], max(room * 0.55, 1e-6), spread > 4)
+    base = alt.Chart(alt.Data(values=placed))
+    layers = [
+        base.mark_rule(strokeWidth=2, opacity=0.35).encode(
+            x=x, y=alt.Y("low:Q", scale=y_scale, title=y_title, axis=alt.Axis(tickCount=5)), y2="high:Q", color=color
+        ),
+        base.mark_circle(size=130, opacity=0.95).encode(x=x, y=alt.Y("value:Q", scale=y_scale, title=y_title), color=color),
+    ]
+    for side, align, dx in (("right", "left", 9), ("left", "right", -9)):
+        labels = [row for row in placed if row["side"] == side]
+        if labels:
+            text = alt.Chart(alt.Data(values=labels)).mark_text(align=align, dx=dx, fontSize=11, fill="currentColor", limit=150)
+            layers.append(text.encode(x=x, y=alt.Y("label_y:Q", scale=y_scale, title=y_title), text="model:N"))
+    return _svg(alt.layer(*layers).properties(width=WIDTH, height=250), title)
+
+
+def latency_bars(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """Bars of p50 (full), p90 and p99 (paler). Rows: {"label", "p50", "p90", "p99"} in milliseconds."""
+    alt = _altair()
+    order = [row["label"] for row in rows]
+    values = [{**row, "text": _milliseconds(row["p50"])} for row in rows]
+    scale = alt.Scale(domain=[0, max(row["p99"] for row in rows) * 1.22], nice=False)
+    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=200, ticks=False, domain=False, labelPadding=8, grid=False))
+    base = alt.Chart(alt.Data(values=values))
+    layers = [
+        base.mark_bar(height=16, cornerRadiusEnd=3, fill=f"var(--s1-{tint})").encode(
+            x=alt.X(f"{column}:Q", scale=scale, title="milliseconds", axis=alt.Axis(tickCount=5)), y=y
+        )
+        for column, tint in (("p99", "pale"), ("p90", "mid"), ("p50", "full"))
+    ]
+    layers.append(
+        base.mark_text(align="left", dx=6, fontSize=12, fill="currentColor").encode(x=alt.X("p99:Q", scale=scale, title="milliseconds"), y=y, text="text:N")
+    )
+    return _svg(alt.layer(*layers).properties(width=WIDTH - 60, height=alt.Step(28)), title)
+
+
+def sample_strip(samples: Sequence[int], title: str) -> str:
+    """Every kept sample in the order of measuring (nanoseconds, drawn in ms, cut at p99.5), so that drift and outliers are seen."""
+    alt = _altair()
+    ordered = sorted(samples)
+    ceiling = ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))] / 1e6
+    step = max(1, len(samples) // 400)
+    values = [{"n": index, "ms": min(samples[index] / 1e6, ceiling)} for index in range(0, len(samples), step)]
+    chart = alt.Chart(alt.Data(values=values)).mark_circle(size=9, opacity=0.6, fill="var(--s1)")
+    chart = chart.encode(
+        x=alt.X("n:Q", title="sample number", axis=alt.Axis(tickCount=5, grid=False)),
+        y=alt.Y("ms:Q", title="ms", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=3)),
+    )
+    return _svg(chart.properties(width=WIDTH, height=110), title)
+
+
+def _place(rows: list[dict[str, Any]], clearance: float, logarithmic: bool) -> list[dict[str, Any]]:
+    """Put each label on the side with room, and push labels apart that would overprint."""
+    xs = [row["x"] for row in rows]
+    middle = (min(xs) * max(xs)) ** 0.5 if logarithmic else max(xs) * 0.6
+    for row in rows:
+        row["side"] = "left" if row["x"] > middle else "right"
+        row["label_y"] = row["value"]
+    for side in ("left", "right"):
+        last = None
+        for row in sorted((row for row in rows if row["side"] == side), key=lambda row: row["value"]):
+            if last is not None and row["label_y"] < last + clearance:
+                row["label_y"] = last + clearance
+            last = row["label_y"]
+    return rows
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _kind_color(alt: Any) -> Any:
+    return alt.Color("kind:N", scale=alt.Scale(domain=list(KINDS), range=[f"var(--k{index})" for index in range(1, 5)]), legend=None)
+
+
+def _svg(chart: Any, title: str) -> str:
+    import vl_convert
+
+    chart = chart.configure(background="transparent", font=FONT, aria=False, padding=4)
+    chart = chart.configure_view(stroke=None)
+    chart = chart.configure_axis(
+        labelColor="currentColor",
+        titleColor="var(--muted)",
+        gridColor="var(--grid)",
+        domainColor="var(--grid)",
+        tickColor="var(--grid)",
+        labelFontSize=12,
+        titleFontSize=12,
+        titleFontWeight="normal",
+    ).configure_legend(labelColor="currentColor", labelFontSize=12, titleColor="var(--muted)")
+    drawn = vl_convert.vegalite_to_svg(chart.to_dict())
+    # one labelled image; its size follows the column instead of the drawing
+    drawn = re.sub(r'(<svg[^>]*?) width="[\d.]+" height="[\d.]+"', rf'\1 role="img" aria-label="{escape(title, quote=True)}"', drawn, count=1)
+    return drawn
+
+
+def _altair() -> Any:
+    try:
+        import altair
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(error.name or "altair", "bench", "The charts of the report") from error
+    return altair
