@@ -17,7 +17,7 @@ import onnx
 from export.latency_gate import Ratio, figures, interleaved, ratio
 from export.mil_interpreter import MilProgram
 from export.quantize import quantize_dynamic, quantize_static
-from export.to_coreml import evaluate, export_coreml, package_bytes
+from export.to_coreml import evaluate, export_coreml
 from export.to_onnx import Batch, OnnxEncoder, export_onnx, serialize, write_onnx
 from export.to_tensorrt import audit_types, build_ahead, export_tensorrt, installed
 from export.towers import Samples, Tower, encoder_of
@@ -137,7 +137,6 @@ class Maker:
             status="refused" if problem else "proven",
             reason=problem,
             parity=draft.parity.as_dict() if draft.parity else None,
-            bytes=len(serialize(draft.model)),
             latency=latency,
         )
 
@@ -154,7 +153,7 @@ class Maker:
         check(id, parity, "fp16")
         self.say(f"{id}: proven in the interpreter, {_sentence(parity)}")
         return Artefact(
-            id=id, tower=tower, target="coreml", precision="fp16", batch="1", path=name, bytes=package_bytes(package),
+            id=id, tower=tower, target="coreml", precision="fp16", batch="1", path=name,
             parity={**parity.as_dict(), "how": "MIL interpreter on the CPU, float16 results; not run on an Apple device"},
         )  # fmt: skip
 
@@ -178,7 +177,7 @@ class Maker:
             built = "neither parsed nor built: tensorrt-rtx-cu13 is not installed"
         self.say(f"{id}: proven under ONNX Runtime, {_sentence(parity)}; {built}")
         return Artefact(
-            id=id, tower=tower, target="tensorrt", precision=precision, path=name, bytes=(self.folder / name).stat().st_size,
+            id=id, tower=tower, target="tensorrt", precision=precision, path=name,
             parity={**parity.as_dict(), "how": f"ONNX Runtime on the CPU; {built}; no engine was run"},
         )  # fmt: skip
 

@@ -62,11 +62,14 @@ def export_coreml(model: Any, tower: Tower, example: np.ndarray, path: str | os.
         renamed = ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.mlpackage")
         renamed.save(str(temporary))
-    make_reproducible(temporary)
-    check_constants(MilProgram.open(temporary), path.name)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+    try:
+        make_reproducible(temporary)
+        check_constants(MilProgram.open(temporary), path.name)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
@@ -134,8 +137,3 @@ def evaluate(program: MilProgram, inputs: np.ndarray) -> np.ndarray:
     """Run a package of batch 1 over the rows of `inputs` (N, …) -> (N, D) float32."""
     name, output = program.inputs[0], program.outputs[0]
     return np.concatenate([program(**{name: inputs[i : i + 1]})[output] for i in range(len(inputs))])
-
-
-def package_bytes(package: str | os.PathLike[str]) -> int:
-    """Sum of the sizes of a package's files."""
-    return sum(path.stat().st_size for path in Path(package).rglob("*") if path.is_file())

@@ -17,7 +17,7 @@ from export.bundle import ExportConfig, export_bundle
 from export.towers import Samples, read_samples
 from export.verify import Reference, reference_of
 from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
-from mobileclip.config import ModelConfig, preset
+from mobileclip.config import ImageConfig, ModelConfig, TextConfig, preset
 from mobileclip.model import ImageTextModel
 from mobileclip.reparameterize import structured_images
 from runtime.pairs import open_pairs, write_shard
@@ -116,3 +116,15 @@ def samples(pocket, pocket_checkpoint, pairs_folder) -> Samples:
 @pytest.fixture(scope="session")
 def reference(pocket, samples) -> Reference:
     return reference_of(pocket, samples)
+
+
+def teacher_like() -> ImageTextModel:
+    """The sample teacher's form at 64 px, random: EfficientNet-lite, and a BERT with a padding mask and mean pooling."""
+    return calibrated(
+        ModelConfig(
+            name="teacher",
+            embed_dim=32,
+            image=ImageConfig(backbone="tf_efficientnet_lite0", image_size=64, projection="mlp", projection_hidden=16),
+            text=TextConfig(context_length=20, vocab_size=8192, width=64, heads=4, layers=2, mask="pad", pool="mean", norm="post", embedding_norm=True, projection="mlp"),
+        )
+    )

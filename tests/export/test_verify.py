@@ -25,7 +25,11 @@ REFERENCE = Reference(image=unit(RNG.standard_normal((20, 16))), text=unit(RNG.s
 
 def test_equal_embeddings_have_perfect_figures():
     parity = measure("text", REFERENCE.text, REFERENCE)
-    assert parity.cosine_min == pytest.approx(1, abs=1e-6) and parity.max_abs == 0 and parity.rank_agreement == 1 and parity.recall1_change == 0 and parity.n == 20
+    assert parity.cosine_min == pytest.approx(1, abs=1e-6)
+    assert parity.max_abs == 0
+    assert parity.rank_agreement == 1
+    assert parity.recall1_change == 0
+    assert parity.n == 20
 
 
 def test_figures_of_one_changed_row():
@@ -97,7 +101,8 @@ def test_perturbed_weight_is_found(pocket_bundle, samples, reference):
 
 def test_chosen_rows_are_disjoint_ordered_and_reproducible():
     first, second = choose_rows(50, (20, 10), seed=1)
-    assert len(set(first) | set(second)) == 30 and list(first) == sorted(first)
+    assert len(set(first) | set(second)) == 30
+    assert list(first) == sorted(first)
     assert all((a == b).all() for a, b in zip((first, second), choose_rows(50, (20, 10), seed=1), strict=True))
     short = choose_rows(10, (8, 4, 3), seed=0)
     assert [len(rows) for rows in short] == [8, 2, 3]

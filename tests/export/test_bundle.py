@@ -1,0 +1,296 @@
+"""`mclip export` as a whole, on a pocket-size model: what lies in the bundle, what is refused, what survives a failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import export.artefacts
+from export.bundle import ExportConfig, export_bundle, main, parse_targets
+from export.latency_gate import Ratio
+from mobileclip.checkpoint import file_sha256
+from runtime.errors import BundleError, CheckpointError, PairsError, ParityError, RecipeError
+from runtime.manifest import read_manifest
+from runtime.selfcheck import selfcheck
+
+ROOT = Path(__file__).parents[2]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def settings(pocket_checkpoint, pairs_folder, tmp_path) -> ExportConfig:
+    return ExportConfig(checkpoint=pocket_checkpoint, bundle=tmp_path / "bundle", pairs=pairs_folder, samples=12, calibration=8, golden=2)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Exports that make no graph: what is tested happens around them."""
+    monkeypatch.setattr(export.artefacts.Maker, "make", lambda self, tower: [])
+
+
+def test_manifest_says_what_is_there(pocket_bundle, pocket):
+    manifest = read_manifest(pocket_bundle)  # verifies every hash
+    assert manifest.embed_dim == pocket.config.embed_dim
+    assert manifest.image.image_size == pocket.config.image.image_size
+    assert manifest.text.context_length == pocket.config.text.context_length
+    assert manifest.text.mask == pocket.config.text.mask
+    assert manifest.logit_scale == pytest.approx(float(pocket.logit_scale.detach().exp()))
+    assert pocket.config.licence in manifest.licences
+    ids = {artefact.id for artefact in manifest.artefacts}
+    for tower in ("image", "text"):
+        assert {f"{tower}-onnx-fp32", f"{tower}-onnx-fp32-static", f"{tower}-onnx-int8", f"{tower}-coreml-fp16", f"{tower}-tensorrt-fp16"} <= ids
+
+
+def test_float_artefacts_are_proven(pocket_bundle):
+    least = {"fp32": 0.99999, "fp16": 0.999}
+    floats = [artefact for artefact in read_manifest(pocket_bundle).artefacts if artefact.precision in least]
+    assert len(floats) == 8
+    for artefact in floats:
+        assert artefact.status == "proven", artefact.id
+        assert artefact.parity["cosine_min"] >= least[artefact.precision], artefact.id
+        assert (pocket_bundle / artefact.path).exists()
+        assert artefact.bytes > 10_000
+        assert artefact.parity["n"] >= 32
+
+
+def test_int8_is_proven_or_refused_with_its_figures(pocket_bundle):
+    for artefact in read_manifest(pocket_bundle).artefacts:
+        if artefact.precision != "int8":
+            continue
+        assert artefact.parity["n"] == 32
+        assert artefact.latency["ratio_to_fp32"]["median"] > 0
+        if artefact.status == "refused":
+            assert artefact.path is None
+            assert any(character.isdigit() for character in artefact.reason)
+            assert not (pocket_bundle / "onnx" / f"{artefact.tower}.int8{'.static' if artefact.batch == '1' else ''}.onnx").exists()
+        else:
+            assert artefact.latency["ratio_to_fp32"]["high"] < 0.99
+
+
+def test_latency_names_processor_and_runtime(pocket_bundle):
+    for artefact in read_manifest(pocket_bundle).artefacts:
+        if artefact.target == "onnx":
+            assert artefact.latency["p50_ms"] > 0
+            assert artefact.latency["n"] >= 30
+            assert artefact.latency["threads"] == 1
+            assert artefact.latency["cpu"]
+            assert artefact.latency["runtime"].startswith("onnxruntime ")
+
+
+def test_bundle_passes_its_self_check(pocket_bundle):
+    report = selfcheck(pocket_bundle)
+    assert report["ok"], report
+    assert report["n"] == 4
+
+
+def test_files_hold_nothing_of_this_machine(pocket_bundle):
+    traces = [str(ROOT).encode(), b"site-packages", b".py", os.path.expanduser("~").encode() + b"/", b"class_hierarchy"]
+    for path in pocket_bundle.rglob("*"):
+        if path.is_file() and path.suffix in (".onnx", ".mlmodel", ".json") and path.name != "tokenizer.json":
+            data = path.read_bytes()
+            assert [trace for trace in traces if trace in data] == [], path.name
+
+
+def test_graphs_are_whole_and_take_int32(pocket_bundle):
+    text = onnx.load(pocket_bundle / "onnx/text.fp32.onnx")
+    kinds = {node.op_type for node in text.graph.node}
+    assert {"Gelu", "LayerNormalization"} <= kinds
+    assert "Erf" not in kinds
+    assert text.opset_import[0].version >= 20
+    (tokens,) = text.graph.input
+    assert tokens.name == "tokens"
+    assert tokens.type.tensor_type.elem_type == onnx.TensorProto.INT32
+    assert [output.name for output in text.graph.output] == ["text_embedding"]
+    static = onnx.load(pocket_bundle / "onnx/image.fp32.static.onnx")
+    assert static.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    assert onnx.load(pocket_bundle / "onnx/image.fp32.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_tensorrt_facts_claim_no_run(pocket_bundle):
+    pytest.importorskip("tensorrt_rtx")
+    builds = read_manifest(pocket_bundle).provenance["tensorrt"]
+    for tower in ("image", "text"):
+        facts = builds[f"{tower}-tensorrt-fp16"]
+        assert facts["parsed"]
+        assert facts["built"]
+        assert facts["ran"] is False
+        assert facts["layers"] > 50
+        assert facts["engine_bytes"] > 100_000
+        assert facts["compute_capability"] == "SM89"
+    assert not list(pocket_bundle.rglob("*.engine"))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "message"),
+    [
+        ("onnx,tflite", "fp32", "unknown target 'tflite'; expected some of onnx, coreml, tensorrt, or all"),
+        ("onnx", "fp32,int4", "unknown precision 'int4'"),
+        ("coreml", "fp32", "target coreml is made in fp16"),
+        ("onnx", "fp16", "target onnx is made in fp32 and int8"),
+        ("", "fp32", "unknown target"),
+    ],
+)
+def test_targets_that_do_not_exist_or_fit(target, precision, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_targets(target, precision)
+
+
+def test_all_targets():
+    assert parse_targets("all", "fp32, fp16,int8") == (("onnx", "coreml", "tensorrt"), ("fp32", "fp16", "int8"))
+
+
+def test_missing_checkpoint(settings, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        export_bundle(dataclasses.replace(settings, checkpoint=tmp_path / "nothing"))
+    assert not settings.bundle.exists()
+
+
+def test_damaged_checkpoint(settings, pocket_checkpoint, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(pocket_checkpoint, damaged)
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (damaged / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
+        export_bundle(dataclasses.replace(settings, checkpoint=damaged))
+
+
+def test_missing_pairs(settings, tmp_path):
+    with pytest.raises(PairsError):
+        export_bundle(dataclasses.replace(settings, pairs=tmp_path / "nothing"))
+
+
+def test_too_few_samples(settings):
+    with pytest.raises(RecipeError, match="--samples is 2, expected at least 4"):
+        export_bundle(dataclasses.replace(settings, samples=2))
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(settings):
+    settings.bundle.mkdir()
+    (settings.bundle / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
+        export_bundle(settings)
+    assert (settings.bundle / "thesis.txt").read_text() == "years of work"
+
+
+def test_damaged_precision_file(settings, pocket_checkpoint, tmp_path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(pocket_checkpoint, copy)
+    (copy / "precision.json").write_text('{"towers": 3}')
+    with pytest.raises(CheckpointError, match=r"precision\.json' cannot be read"):
+        export_bundle(dataclasses.replace(settings, checkpoint=copy))
+
+
+# -------------------------------------------------------------------------------- failure and interruption
+
+
+def test_parity_failure_leaves_the_old_bundle(settings, pocket_bundle, monkeypatch):
+    shutil.copytree(pocket_bundle, settings.bundle)
+    before = snapshot(settings.bundle)
+
+    def broken(encoder, example, *, batch):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export.artefacts, "export_onnx", None)
+            model = onnx.load(pocket_bundle / ("onnx/image.fp32.onnx" if batch == "dynamic" else "onnx/image.fp32.static.onnx"))
+        kernel = max((i for i in model.graph.initializer if len(i.dims) == 4), key=lambda i: np.prod(i.dims))
+        values = onnx.numpy_helper.to_array(kernel) * np.float32(1.5)
+        kernel.CopyFrom(onnx.numpy_helper.from_array(values, kernel.name))
+        return model
+
+    monkeypatch.setattr(export.artefacts, "export_onnx", broken)
+    with pytest.raises(ParityError, match="artefact image-onnx-fp32: cosine_min"):
+        export_bundle(settings)
+    assert snapshot(settings.bundle) == before
+    assert [path.name for path in settings.bundle.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_int8_that_is_too_far_or_too_slow_is_refused(settings, pocket_bundle, monkeypatch):
+    """Both verdicts with real graphs: the text tower's own int8, then the same with a ratio that says slower."""
+    monkeypatch.setattr(export.artefacts, "export_onnx", lambda encoder, example, *, batch: onnx.load(
+        pocket_bundle / f"onnx/{encoder.kind}.fp32{'' if batch == 'dynamic' else '.static'}.onnx"))  # fmt: skip
+    monkeypatch.setattr(export.artefacts, "failure", lambda *arguments: None)
+    monkeypatch.setattr(export.artefacts, "ratio", lambda candidate, base: Ratio(median=1.42, low=1.38, high=1.47))
+    manifest = export_bundle(dataclasses.replace(settings, precision="fp32,int8"))
+    for artefact in manifest.artefacts:
+        if artefact.precision == "int8":
+            assert artefact.status == "refused"
+            assert "1.42 times as long" in artefact.reason
+    assert sorted(path.name for path in (settings.bundle / "onnx").iterdir()) == [
+        "image.fp32.onnx", "image.fp32.static.onnx", "text.fp32.onnx", "text.fp32.static.onnx",
+    ]  # fmt: skip
+    monkeypatch.setattr(export.artefacts, "ratio", lambda candidate, base: Ratio(median=0.5, low=0.48, high=0.52))
+    manifest = export_bundle(dataclasses.replace(settings, precision="fp32,int8"))
+    assert {a.status for a in manifest.artefacts} == {"proven"}
+    assert (settings.bundle / "onnx/text.int8.onnx").stat().st_size < 0.5 * (settings.bundle / "onnx/text.fp32.onnx").stat().st_size
+    read_manifest(settings.bundle)
+
+
+def test_interrupted_export_keeps_the_old_bundle(settings, quick, monkeypatch):
+    first = export_bundle(settings)
+    before = snapshot(settings.bundle)
+
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.bundle.write_manifest", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(dataclasses.replace(settings, seed=1))
+    assert snapshot(settings.bundle) == before
+    assert first.name == read_manifest(settings.bundle).name
+
+
+def test_kill_during_export_keeps_the_old_bundle_and_a_rerun_replaces_it(settings, quick, monkeypatch):
+    export_bundle(settings)
+    before = snapshot(settings.bundle)
+    command = [sys.executable, "-c", "import sys; from export.bundle import main; sys.exit(main(sys.argv[1:]))", str(settings.checkpoint), str(settings.bundle)]
+    child = subprocess.Popen([*command, "--pairs", str(settings.pairs), "--samples", "12"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = settings.bundle.parent / f".{settings.bundle.name}.partial"
+    deadline = time.monotonic() + 60
+    while not work.is_dir() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert work.is_dir()
+    assert snapshot(settings.bundle) == before
+    export_bundle(dataclasses.replace(settings, name="second"))
+    assert read_manifest(settings.bundle).name == "second"
+    assert not work.exists()
+
+
+def test_move_that_was_killed_half_way_is_undone(settings, quick):
+    export_bundle(settings)
+    old = settings.bundle.parent / f".{settings.bundle.name}.old"
+    settings.bundle.rename(old)  # as a kill between the two renames leaves it
+    with pytest.raises(CheckpointError):
+        export_bundle(dataclasses.replace(settings, checkpoint=settings.bundle.parent / "nothing"))
+    assert old.is_dir()
+    export_bundle(dataclasses.replace(settings, name="again"))
+    assert read_manifest(settings.bundle).name == "again"
+    assert not old.exists()
+
+
+def test_command_line(settings, quick, capsys):
+    arguments = [str(settings.checkpoint), str(settings.bundle), "--pairs", str(settings.pairs), "--samples", "12", "--golden", "2", "--licence", "CC0-1.0", "--json"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["name"] == "pocket_s"
+    assert output.out.count("\n") == 1
+    assert "reparameterised" in output.err
+    assert "CC0-1.0" in read_manifest(settings.bundle).licences

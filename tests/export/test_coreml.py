@@ -1,0 +1,108 @@
+"""Core ML packages: what they compute, what they are called, and that two saves are the same bytes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("coremltools")
+
+from export.mil_interpreter import MilProgram  # noqa: E402
+from export.to_coreml import evaluate, export_coreml  # noqa: E402
+from export.to_onnx import OnnxEncoder, export_onnx, serialize  # noqa: E402
+from export.towers import encoder_of  # noqa: E402
+from export.verify import measure, reference_of  # noqa: E402
+from mobileclip.checkpoint import load_checkpoint  # noqa: E402
+from mobileclip.reparameterize import reparameterize  # noqa: E402
+from runtime.errors import ParityError  # noqa: E402
+from tests.export.conftest import teacher_like  # noqa: E402
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_saved_package_computes_what_the_checkpoint_does(tower, pocket_bundle, samples, reference):
+    program = MilProgram.open(pocket_bundle / f"coreml/{tower}.fp16.mlpackage")
+    assert program.inputs == [{"image": "image", "text": "tokens"}[tower]]
+    assert program.outputs == [f"{tower}_embedding"]
+    parity = measure(tower, evaluate(program, samples.inputs(tower)[:8]), reference)
+    assert parity.cosine_min >= 0.999
+    assert parity.max_abs > 0  # it did compute in float16
+
+
+def test_float32_arithmetic_is_nearer_than_float16(pocket_bundle, samples, reference):
+    path = pocket_bundle / "coreml/text.fp16.mlpackage"
+    single, half = (measure("text", evaluate(MilProgram.open(path, half=kind), samples.tokens[:8]), reference).cosine_mean for kind in (False, True))
+    assert half < single < 1
+
+
+def test_damaged_weights_show(pocket_bundle, samples, reference, tmp_path):
+    import shutil
+
+    package = tmp_path / "damaged.mlpackage"
+    shutil.copytree(pocket_bundle / "coreml/image.fp16.mlpackage", package)
+    (weights,) = package.rglob("weight.bin")
+    values = np.fromfile(weights, np.uint8)
+    half = values[len(values) // 2 : len(values) // 2 + 4096].view(np.float16)
+    half += np.float16(1)
+    values.tofile(weights)
+    assert measure("image", evaluate(MilProgram.open(package), samples.pixels[:6]), reference).cosine_min < 0.999
+
+
+def test_second_save_gives_the_same_bytes(pocket_bundle, pocket_checkpoint, samples, tmp_path):
+    folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
+    again = export_coreml(folded, "text", samples.tokens, tmp_path / "text.mlpackage")
+    first = pocket_bundle / "coreml/text.fp16.mlpackage"
+    for path in first.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (again / path.relative_to(first)).read_bytes(), path.name
+    manifest = json.loads((again / "Manifest.json").read_text())
+    assert len(manifest["itemInfoEntries"]) == 2
+
+
+def test_mask_beyond_float16_is_refused(tmp_path):
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 8)
+            self.register_buffer("mask", torch.full((8,), float("-inf")))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.flatten(1)) + self.mask
+
+    class Model(nn.Module):
+        image = Tower()
+
+    with pytest.raises(ParityError, match="beyond float16's 65504"):
+        export_coreml(Model(), "image", np.zeros((1, 3, 2, 2), np.float32), tmp_path / "a.mlpackage")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clamps_with_one_integer_bound_convert(tmp_path):
+    class Tower(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.flatten(1)
+            return flat.clamp(min=1) + flat.clamp_min(0) + flat.clamp_max(2) + flat.clamp(max=3)
+
+    class Model(nn.Module):
+        image = Tower()
+
+    pixels = np.linspace(-4, 4, 12, dtype=np.float32).reshape(1, 3, 2, 2)
+    program = MilProgram.open(export_coreml(Model(), "image", pixels, tmp_path / "a.mlpackage"))
+    flat = torch.from_numpy(pixels).flatten(1)
+    expected = flat.clamp(min=1) + flat.clamp(min=0) + flat.clamp(max=2) + flat.clamp(max=3)
+    np.testing.assert_allclose(evaluate(program, pixels), expected / expected.norm(), atol=2e-3)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_sample_teachers_form_converts(tower, tmp_path, samples):
+    """Asymmetric padding, ReLU6, a padding mask, mean pooling, post-norm: what the pocket model has none of."""
+    model = teacher_like()
+    reference = reference_of(model, samples)
+    program = MilProgram.open(export_coreml(model, tower, samples.inputs(tower), tmp_path / "teacher.mlpackage"))
+    # Random weights of this depth magnify float16's rounding; the trained teacher keeps 0.9999.
+    assert measure(tower, evaluate(program, samples.inputs(tower)[:6]), reference).cosine_min >= 0.995
+    exported = OnnxEncoder(serialize(export_onnx(encoder_of(model, tower), samples.inputs(tower))))
+    assert measure(tower, exported(samples.inputs(tower)), reference).cosine_min >= 0.99999
