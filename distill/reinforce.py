@@ -33,7 +33,7 @@ from distill.augment import AugmentSpec
 from distill.captions import Caption, captions_of, check_templates
 from distill.progress import progress
 from distill.reinforce_worker import TEXTS_PER_FILE, PartDone, PartTask, TextTask, describe_teachers, embed_part, embed_texts, start_worker, text_path
-from distill.store import INDEX, Part, TeacherFacts, hash_shards, open_store, part_entry, write_index
+from distill.store import INDEX, Part, TeacherFacts, hash_shards, open_store, part_entry, read_index, write_index
 from runtime.errors import PairsError, RecipeError, StoreError
 from runtime.pairs import Pairs, open_pairs
 
@@ -108,6 +108,8 @@ def reinforce(config: ReinforceConfig) -> dict[str, Any]:
     shards = hash_shards(pairs)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # inherited by the workers, before they import torch
         os.environ[name] = "1"
+    if (done := _finished_quickly(config, folder, shards)) is not None:
+        return done
     with _locked(folder), _pool(config) as submit:
         facts: list[TeacherFacts] = submit(describe_teachers).result()
         settings = _settings(config, facts, shards)
@@ -180,6 +182,20 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
         logger.warning("the store is repaired: %s", error)
         return None
     return store.index if store.index.get("settings_sha256") == fingerprint else None
+
+
+def _finished_quickly(config: ReinforceConfig, folder: Path, shards: dict[str, str]) -> dict[str, Any] | None:
+    """The index of a store that is complete, found without loading a teacher: when every one is a checkpoint folder with a receipt."""
+    try:
+        index = read_index(folder)
+        receipts = [json.loads((Path(spec) / "receipt.json").read_text(encoding="utf-8")) for spec in config.teachers]
+        given = [(Path(spec).name, receipt["files"]["model.safetensors"]["sha256"]) for spec, receipt in zip(config.teachers, receipts, strict=True)]
+    except (OSError, ValueError, KeyError, StoreError):
+        return None
+    facts = [TeacherFacts(**fact) for fact in index["teachers"]]
+    if given != [(fact.name, fact.sha256) for fact in facts]:
+        return None
+    return _finished(folder, _hash(_settings(config, facts, shards)))
 
 
 def _reusable(path: Path, metadata: dict[str, str]) -> Part | None:
@@ -287,7 +303,7 @@ def _embed_parts(folder: Path, tasks: list[PartTask], total: int, submit: Callab
     waiting: dict[Future[PartDone], PartTask] = {}
     for task in tasks:
         if (part := _reusable(Path(task.path), task.metadata)) is not None:
-            entry = part_entry(Path(task.path).name, hashlib.sha256(Path(task.path).read_bytes()).hexdigest(), part.bytes, part.keys())
+            entry = part_entry(Path(task.path).name, hashlib.sha256(Path(task.path).read_bytes()).hexdigest(), part.bytes, part.read_keys())
             done[task.path] = PartDone(entry=entry, skipped=json.loads(part.metadata["skipped"]), seconds={})
         else:
             waiting[submit(embed_part, task)] = task
@@ -341,7 +357,8 @@ def _figures(
     fresh = sum(part.entry["rows"] for part in finished if part.seconds)
     size = sum(part.entry["bytes"] for part in finished)
     return {
-        "seconds": round(seconds, 2), "workers": config.workers, "images_per_second": round(fresh / seconds, 2), "views_per_second": round(fresh * config.augmentations / seconds, 2),
+        "seconds": round(seconds, 2), "workers": config.workers,
+        "images_per_second": round(fresh / seconds, 2), "views_per_second": round(fresh * config.augmentations / seconds, 2),
         "bytes": size, "bytes_per_sample": round(size / index["rows"], 1), "different_texts": texts, "worker_cpu_seconds": {**worker, "texts": round(text_seconds, 2)},
         "pairs_embedded": fresh, "pairs_found_done": index["rows"] - fresh,
     }  # fmt: skip

@@ -268,7 +268,7 @@ class Part:
         """Whether the arrays still have the hash that stands in the header (reads all of them)."""
         return hashlib.sha256(self._payload).hexdigest() == self.metadata.get("payload_sha256")
 
-    def keys(self) -> list[str]:
+    def read_keys(self) -> list[str]:
         data, offsets = self.get("keys.bytes").tobytes(), self.get("keys.offsets")
         try:
             return [data[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
@@ -287,7 +287,7 @@ class Store:
         self.teachers = [TeacherFacts(**facts) for facts in index["teachers"]]
         self.dtype: str = index["dtype"]
         self._starts = np.cumsum([0, *(entry["rows"] for entry in index["parts"])])
-        self.keys: list[str] = [key for part in parts for key in part.keys()]
+        self.keys: list[str] = [key for part in parts for key in part.read_keys()]
         self.pair_rows = self._gather_all("pair_rows").astype(np.int64)
         """(N,) int64: row of each sample in the pairs folder that was reinforced."""
         self.n_augmentations = self._gather_all("n_augmentations").astype(np.int64)
@@ -452,7 +452,7 @@ def _check_part(part: Part, entry: dict[str, Any], index: dict[str, Any]) -> Non
         array = part.get(name)
         if array.ndim != dimensions or array.shape[0] != n:
             raise StoreError(f"store part '{entry['path']}': array '{name}' has shape {array.shape}, the index says {n} rows; reinforce again")
-    if len(part.get("keys.offsets")) != n + 1 or hash_keys(part.keys()) != entry["keys_sha256"]:
+    if len(part.get("keys.offsets")) != n + 1 or hash_keys(part.read_keys()) != entry["keys_sha256"]:
         raise StoreError(f"store part '{entry['path']}' holds other keys than the index says; it belongs to another store, reinforce again")
     views, captions = part.get("augmentations").shape[1], part.get("captions.types").shape[1]
     kinds = {"int8": "I8", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}

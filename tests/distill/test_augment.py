@@ -60,7 +60,8 @@ def test_pack_and_unpack_are_inverse(value: Parameters) -> None:
 def test_every_storable_view_can_be_drawn_and_repeats_exactly(value: Parameters, size: int) -> None:
     image, packed = noisy_picture(), augment.pack(value)
     first, again = augment.apply(image, packed, size), augment.apply(image.copy(), bytes(packed), size)
-    assert first.size == (size, size) and first.mode == "RGB"
+    assert first.size == (size, size)
+    assert first.mode == "RGB"
     assert np.array_equal(np.asarray(first), np.asarray(again))
 
 
@@ -71,7 +72,10 @@ def test_sampling_depends_on_the_generator_only_and_stays_inside(seed: int, size
     packed = augment.sample_parameters(np.random.default_rng(seed), spec, size)
     assert packed == augment.sample_parameters(np.random.default_rng(seed), spec, size)
     crop = augment.describe(packed)["crop"]
-    assert 0 <= crop["top"] and crop["top"] + crop["height"] <= 1 and 0 <= crop["left"] and crop["left"] + crop["width"] <= 1
+    assert crop["top"] >= 0
+    assert crop["top"] + crop["height"] <= 1
+    assert crop["left"] >= 0
+    assert crop["left"] + crop["width"] <= 1
 
 
 def test_sampling_obeys_the_spec() -> None:
@@ -79,12 +83,14 @@ def test_sampling_obeys_the_spec() -> None:
     rng = np.random.default_rng(0)
     drawn = [augment.describe(augment.sample_parameters(rng, spec, (128, 128))) for _ in range(300)]
     areas = [view["crop"]["height"] * view["crop"]["width"] for view in drawn]
-    assert min(areas) > 0.499 and max(areas) < 0.601
+    assert min(areas) > 0.499
+    assert max(areas) < 0.601
     assert 100 < sum(view["flip"] for view in drawn) < 200
     names = {operation["name"] for view in drawn for operation in view["operations"]}
     assert names == {"Rotate", "Posterize"}
     angles = [operation["magnitude"] for view in drawn for operation in view["operations"] if operation["name"] == "Rotate"]
-    assert -20.01 <= min(angles) < -15 and 15 < max(angles) <= 20.01
+    assert -20.01 <= min(angles) < -15
+    assert 15 < max(angles) <= 20.01
     assert {operation["magnitude"] for view in drawn for operation in view["operations"] if operation["name"] == "Posterize"} == {4, 5, 6, 7, 8}
 
 

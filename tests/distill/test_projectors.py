@@ -12,7 +12,18 @@ import torch.nn.functional as F
 
 from distill.ensemble import open_teacher
 from distill.projector_training import Features, Settings, recall_at, train_projectors
-from distill.projectors import BACKBONES, TEXT_PACKAGE, ProjectorConfig, backbone_state, build_teacher, frozen_model, package_file, read_features, teacher_config, text_state
+from distill.projectors import (
+    BACKBONES,
+    TEXT_PACKAGE,
+    ProjectorConfig,
+    backbone_state,
+    build_teacher,
+    frozen_model,
+    package_file,
+    read_features,
+    teacher_config,
+    text_state,
+)
 from mobileclip.checkpoint import file_sha256, load_checkpoint
 from runtime.errors import CheckpointError, MissingExtraError, PairsError
 from runtime.pairs import open_pairs, write_shard
@@ -56,7 +67,8 @@ def test_text_features_equal_transformers() -> None:
         tokens = torch.from_numpy(ours(TEXTS))
         found, trimmed = model.text(tokens), model.text(tokens[:, : batch["input_ids"].shape[1]])
     assert torch.equal(tokens[:, : batch["input_ids"].shape[1]].long(), batch["input_ids"])
-    assert (found - expected).abs().max() < 1e-4 and (trimmed - expected).abs().max() < 1e-4
+    assert (found - expected).abs().max() < 1e-4
+    assert (trimmed - expected).abs().max() < 1e-4
 
 
 def test_the_text_map_covers_every_tensor_but_the_projection() -> None:
@@ -99,14 +111,16 @@ def test_training_learns_and_repeats_exactly() -> None:
     known, unseen, _ = toy(noise=0.0)
     first, again = train_projectors(known, TOY), train_projectors(known, TOY)
     assert recall_at(first, unseen, 1) > 0.7
-    assert torch.equal(first.image.fc1.weight, again.image.fc1.weight) and torch.equal(first.text.fc2.weight, again.text.fc2.weight)
+    assert torch.equal(first.image.fc1.weight, again.image.fc1.weight)
+    assert torch.equal(first.text.fc2.weight, again.text.fc2.weight)
 
 
 def test_selection_finds_the_right_captions_and_raises_recall() -> None:
     known, unseen, right = toy(noise=0.6)
     trusting = train_projectors(known, TOY)
     careful = train_projectors(known, Settings(**{**{f: getattr(TOY, f) for f in TOY.__dataclass_fields__}, "keep": 0.4}))
-    assert trusting.trusted.all() and float(right.float().mean()) < 0.45
+    assert trusting.trusted.all()
+    assert float(right.float().mean()) < 0.45
     assert float(right[careful.trusted].float().mean()) > 0.75
     assert recall_at(careful, unseen, 1) > recall_at(trusting, unseen, 1)
 
@@ -139,15 +153,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
 
 def test_the_checkpoint_is_an_ordinary_teacher(built: tuple[Path, Path, dict]) -> None:
     pairs, folder, figures = built
-    assert figures["pairs"] == 23 and figures["skipped"] == 1 and set(figures["validation_recall5_by_keep"]) == {"1.0", "0.6"}
+    assert figures["pairs"] == 23
+    assert figures["skipped"] == 1
+    assert set(figures["validation_recall5_by_keep"]) == {"1.0", "0.6"}
     assert figures["validation_recall5"] == max(figures["validation_recall5_by_keep"].values())
     model = load_checkpoint(folder)
     teacher = open_teacher(str(folder))
-    assert teacher.facts.dim == 256 and teacher.image_size == 64 and "Apache" in teacher.facts.licence
+    assert teacher.facts.dim == 256
+    assert teacher.image_size == 64
+    assert "Apache" in teacher.facts.licence
     assert teacher.facts.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()), rel=1e-6)
     images = [open_pairs(pairs).image(row) for row in range(5)]
     found = teacher.encode_image(images)
-    assert found.shape == (5, 256) and np.abs(found @ found.T - np.eye(5)).max() > 0.01
+    assert found.shape == (5, 256)
+    assert np.abs(found @ found.T - np.eye(5)).max() > 0.01
 
 
 def test_standardisation_is_folded_into_the_checkpoint(built: tuple[Path, Path, dict], tmp_path: Path) -> None:
@@ -161,14 +180,16 @@ def test_standardisation_is_folded_into_the_checkpoint(built: tuple[Path, Path, 
     with torch.inference_mode():
         assert torch.allclose(F.normalize(model.image.projection(known.images), dim=1), trained.encode_image(known.images), atol=1e-4)
         assert torch.allclose(F.normalize(model.text.projection(known.texts), dim=1), trained.encode_text(known.texts), atol=1e-4)
-    assert known.caption_of.shape == (23,) and known.texts.shape[0] == 9
+    assert known.caption_of.shape == (23,)
+    assert known.texts.shape[0] == 9
 
 
 def test_a_finished_teacher_is_left_alone_and_a_damaged_one_made_again(built: tuple[Path, Path, dict], tmp_path: Path) -> None:
     pairs, folder, figures = built
     config = ProjectorConfig(pairs=str(pairs), out=str(folder), validation=str(pairs), image_size=64, keep=(1.0, 0.6))
     before, digest = (folder / "model.safetensors").stat().st_mtime_ns, file_sha256(folder / "model.safetensors")
-    assert build_teacher(config) == figures and (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert build_teacher(config) == figures
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
     (folder / "config.json").write_text("{}")
     assert build_teacher(config)["validation_recall5"] == figures["validation_recall5"]
     assert file_sha256(folder / "model.safetensors") == digest  # the same seed, the same bytes

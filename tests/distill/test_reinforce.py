@@ -77,9 +77,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_rows_hold_what_the_teachers_say_of_the_replayed_views(made: tuple[Path, Path]) -> None:
     pairs, store = open_pairs(made[0]), open_store(made[1], verify=True)
-    assert store.keys == pairs.keys and store.pair_rows.tolist() == list(range(14)) and store.n_augmentations.tolist() == [3] * 14
+    assert store.keys == pairs.keys
+    assert store.pair_rows.tolist() == list(range(14))
+    assert store.n_augmentations.tolist() == [3] * 14
     assert [(facts.name, facts.dim, facts.licence) for facts in store.teachers] == [("red", 8, "MIT"), ("blue", 12, "MIT")]
-    assert [part["rows"] for part in store.index["parts"]] == [4, 4, 1, 4, 1] and store.index["coverage"] == {"pairs": 14, "rows": 14, "skipped": 0}
+    assert [part["rows"] for part in store.index["parts"]] == [4, 4, 1, 4, 1]
+    assert store.index["coverage"] == {"pairs": 14, "rows": 14, "skipped": 0}
     for t, teacher in enumerate((tiny_teachers.red(), tiny_teachers.blue())):
         for row in (0, 8, 13):
             views = np.stack([
@@ -90,7 +93,8 @@ def test_rows_hold_what_the_teachers_say_of_the_replayed_views(made: tuple[Path,
             texts = [store.caption(row, j).text for j in range(3)]
             assert texts[0] == pairs.caption(row)
             assert (store.text_embeddings(t, np.full(3, row), np.arange(3)) * teacher.encode_text(texts)).sum(1).min() > 0.999
-    assert not (made[1] / ".work").exists() and store.index["figures"]["bytes"] == sum(path.stat().st_size for path in made[1].glob("*.safetensors"))
+    assert not (made[1] / ".work").exists()
+    assert store.index["figures"]["bytes"] == sum(path.stat().st_size for path in made[1].glob("*.safetensors"))
 
 
 def test_mismatched_views_would_be_noticed(made: tuple[Path, Path]) -> None:
@@ -113,7 +117,8 @@ def test_similarity_column_is_the_cosine_of_picture_and_caption(made: tuple[Path
 
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(made: tuple[Path, Path], tmp_path: Path) -> None:
     reinforce(config(made[0], tmp_path / "again", workers=3))
-    assert part_hashes(tmp_path / "again") == part_hashes(made[1]) and len(part_hashes(made[1])) == 5
+    assert part_hashes(tmp_path / "again") == part_hashes(made[1])
+    assert len(part_hashes(made[1])) == 5
 
 
 def test_another_seed_gives_other_views(made: tuple[Path, Path]) -> None:
@@ -128,7 +133,8 @@ def test_clean_labels_never_enter_the_store(made: tuple[Path, Path]) -> None:
     """KEY.json of web-like pairs may know better than the caption: no byte of it is stored."""
     assert open_pairs(made[0]).meta(0)["label"] == "the clean label"
     blobs = [path.read_bytes() for path in made[1].iterdir() if path.is_file()]
-    assert len(blobs) >= 7 and not any(b"clean label" in blob or b"1f600" in blob for blob in blobs)
+    assert len(blobs) >= 7
+    assert not any(b"clean label" in blob or b"1f600" in blob for blob in blobs)
     own = {open_pairs(made[0]).caption(row) for row in range(14)}
     store = open_store(made[1])
     assert {store.caption(row, 0).text for row in range(14)} == own
@@ -138,7 +144,18 @@ def test_clean_labels_never_enter_the_store(made: tuple[Path, Path]) -> None:
 def test_a_finished_store_is_left_alone(made: tuple[Path, Path]) -> None:
     before = (made[1] / "index.json").stat().st_mtime_ns
     index = reinforce(config(made[0], made[1]))
-    assert index["rows"] == 14 and (made[1] / "index.json").stat().st_mtime_ns == before
+    assert index["rows"] == 14
+    assert (made[1] / "index.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_store_is_recognised_without_loading_its_teachers(tmp_path: Path) -> None:
+    """A checkpoint folder's receipt is enough: here there is nothing behind it that could be loaded."""
+    pairs = make_pairs(tmp_path / "pairs", (3,))
+    made = reinforce(config(pairs, tmp_path / "store", teachers=(RED,)))
+    (_folder(tmp_path / "red") / "receipt.json").write_text(json.dumps({"files": {"model.safetensors": {"sha256": "seed 1"}}}))
+    assert reinforce(config(pairs, tmp_path / "store", teachers=(str(tmp_path / "red"),))) == made
+    with pytest.raises(ClipError):
+        reinforce(config(pairs, tmp_path / "store", teachers=(str(tmp_path / "red"),), seed=1))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +167,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(made: tuple[Path, Path],
     before = part_hashes(made[1])
     with pytest.raises(StoreError, match=f"begun with other .*{message}"):
         reinforce(config(made[0], made[1], **changes))
-    assert part_hashes(made[1]) == before and len(open_store(made[1])) == 14
+    assert part_hashes(made[1]) == before
+    assert len(open_store(made[1])) == 14
 
 
 def test_other_pairs_are_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -168,9 +186,12 @@ def test_pairs_without_a_usable_picture_or_caption_are_skipped_and_listed(tmp_pa
     index = reinforce(config(make_pairs(tmp_path / "pairs", damage=True), tmp_path / "store"))
     assert index["coverage"] == {"pairs": 14, "rows": 12, "skipped": 2}
     reasons = {entry["key"]: entry["reason"] for entry in index["skipped"]}
-    assert set(reasons) == {"pic-002", "pic-007"} and "does not decode" in reasons["pic-002"] and "UTF-8" in reasons["pic-007"]
+    assert set(reasons) == {"pic-002", "pic-007"}
+    assert "does not decode" in reasons["pic-002"]
+    assert "UTF-8" in reasons["pic-007"]
     store = open_store(tmp_path / "store", verify=True)
-    assert "pic-002" not in store.keys and store.pair_rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    assert "pic-002" not in store.keys
+    assert store.pair_rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13]
     view = augment.apply(open_pairs(tmp_path / "pairs").image(3), store.augmentation([2], [0])[0], 32)
     assert float((store.image_embeddings(0, [2], [0]) * tiny_teachers.red().encode_image([view])).sum()) > 0.999
 
@@ -197,7 +218,9 @@ def test_a_damaged_part_is_made_again(made: tuple[Path, Path], tmp_path: Path) -
     path.write_bytes(bytes(blob))
     (tmp_path / "shard-1.0000.safetensors").unlink()
     index = reinforce(config(made[0], tmp_path))
-    assert part_hashes(tmp_path) == good and index["figures"]["pairs_embedded"] == 8 and index["figures"]["pairs_found_done"] == 6
+    assert part_hashes(tmp_path) == good
+    assert index["figures"]["pairs_embedded"] == 8
+    assert index["figures"]["pairs_found_done"] == 6
 
 
 @pytest.mark.parametrize(
@@ -249,7 +272,8 @@ def start(pairs: Path, store: Path, delay: float) -> subprocess.Popen[str]:
 def wait_for_parts(store: Path, count: int, process: subprocess.Popen[str]) -> None:
     limit = time.monotonic() + 60
     while len(list(store.glob("*.safetensors"))) < count:
-        assert process.poll() is None and time.monotonic() < limit, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < limit
         time.sleep(0.01)
 
 
@@ -269,10 +293,13 @@ def test_killed_or_interrupted_it_goes_on_and_ends_with_the_same_bytes(tmp_path:
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0, err
     figures = json.loads(out)
-    assert figures["pairs_found_done"] >= 3 * min(done, 3) and figures["pairs_embedded"] + figures["pairs_found_done"] == 27
+    assert figures["pairs_found_done"] >= 3 * min(done, 3)
+    assert figures["pairs_embedded"] + figures["pairs_found_done"] == 27
     whole = start(pairs, tmp_path / "whole", delay=0.0)
-    assert whole.communicate(timeout=60) and whole.returncode == 0
-    assert part_hashes(tmp_path / "store") == part_hashes(tmp_path / "whole") and len(open_store(tmp_path / "store", verify=True)) == 27
+    assert whole.communicate(timeout=60)
+    assert whole.returncode == 0
+    assert part_hashes(tmp_path / "store") == part_hashes(tmp_path / "whole")
+    assert len(open_store(tmp_path / "store", verify=True)) == 27
     assert not [path.name for path in (tmp_path / "store").iterdir() if path.name.startswith(".") and path.name != ".lock"]
 
 

@@ -59,13 +59,17 @@ def folder(tmp_path: Path) -> Path:
 def test_every_row_comes_back(tmp_path: Path, dtype: str) -> None:
     made = make_store(tmp_path, dtype)
     store = open_store(tmp_path, verify=True)
-    assert len(store) == 12 and store.keys == [f"key-{n}" for n in range(12)] and store.pair_rows.tolist() == list(range(0, 24, 2))
-    assert store.n_augmentations.tolist() == [VIEWS] * 12 and set(store.caption_counts.tolist()) == {1, 2}
+    assert len(store) == 12
+    assert store.keys == [f"key-{n}" for n in range(12)]
+    assert store.pair_rows.tolist() == list(range(0, 24, 2))
+    assert store.n_augmentations.tolist() == [VIEWS] * 12
+    assert set(store.caption_counts.tolist()) == {1, 2}
     rows, augs = np.array([11, 0, 4, 5, 0]), np.array([2, 0, 1, 2, 1])
     for t in (0, 1):
         expected = np.concatenate([part.image_embeddings[t] for part in made])[rows, augs]
         found = store.image_embeddings(t, rows, augs)
-        assert found.dtype == np.float32 and np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
+        assert found.dtype == np.float32
+        assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
         assert (found * expected).sum(1).min() > (0.9999 if dtype == "int8" else 0.99999)
         text = np.concatenate([part.text_embeddings[t] for part in made])[rows, 0]
         assert (store.text_embeddings(f"t{t}", rows, np.zeros(5, int)) * text).sum(1).min() > 0.9999
@@ -83,8 +87,10 @@ def test_float32_is_exact(tmp_path: Path) -> None:
 
 def test_parts_are_ordinary_safetensors(folder: Path) -> None:
     arrays = safetensors.numpy.load_file(folder / "s.0000.safetensors")
-    assert arrays["image.0.embeddings"].dtype == np.int8 and arrays["image.0.embeddings"].shape == (5, VIEWS, 24)
-    assert arrays["text.1.scales"].dtype == np.float16 and arrays["text.1.scales"].shape == (5, 2)
+    assert arrays["image.0.embeddings"].dtype == np.int8
+    assert arrays["image.0.embeddings"].shape == (5, VIEWS, 24)
+    assert arrays["text.1.scales"].dtype == np.float16
+    assert arrays["text.1.scales"].shape == (5, 2)
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -96,7 +102,8 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 def test_pickled_store_reads_the_same(folder: Path) -> None:
     store = open_store(folder)
     again = pickle.loads(pickle.dumps(store))
-    assert again.keys == store.keys and np.array_equal(again.image_embeddings(1, [3], [2]), store.image_embeddings(1, [3], [2]))
+    assert again.keys == store.keys
+    assert np.array_equal(again.image_embeddings(1, [3], [2]), store.image_embeddings(1, [3], [2]))
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
@@ -120,7 +127,8 @@ def test_bfloat16_equals_torch(value: float) -> None:
 
 def test_zero_vectors_stay_finite() -> None:
     values, scales = quantise(np.zeros((2, 8), np.float32))
-    assert not values.any() and np.isfinite(unit(values * scales.astype(np.float32)[:, None])).all()
+    assert not values.any()
+    assert np.isfinite(unit(values * scales.astype(np.float32)[:, None])).all()
 
 
 def test_values_that_are_not_finite_are_never_stored(tmp_path: Path) -> None:
@@ -212,7 +220,8 @@ def test_disagreement_is_refused_in_one_sentence(folder: Path, name: str) -> Non
     damage(folder)
     with pytest.raises(StoreError, match=message) as caught:
         open_store(folder)
-    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_one_flipped_bit_is_found_when_asked(folder: Path) -> None:
@@ -250,7 +259,8 @@ def test_the_reader_does_not_load_the_embeddings(tmp_path: Path) -> None:
     before = _resident()
     store = open_store(tmp_path)
     store.image_embeddings(0, [5], [1])
-    assert size > 100 << 20 and _resident() - before < size // 10
+    assert size > 100 << 20
+    assert _resident() - before < size // 10
 
 
 def _resident() -> int:

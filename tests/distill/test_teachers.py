@@ -55,8 +55,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_a_checkpoint_teacher_equals_its_model(checkpoint: tuple[ImageTextModel, Path]) -> None:
     model, folder = checkpoint
     teacher = open_teacher(str(folder))
-    assert isinstance(teacher, Teacher) and teacher.facts.name == folder.name and teacher.facts.dim == 16 and teacher.facts.licence == "MIT"
-    assert teacher.facts.logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and len(teacher.facts.sha256) == 64
+    assert isinstance(teacher, Teacher)
+    assert teacher.facts.name == folder.name
+    assert teacher.facts.dim == 16
+    assert teacher.facts.licence == "MIT"
+    assert teacher.facts.logit_scale == pytest.approx(1 / 0.07, rel=1e-5)
+    assert len(teacher.facts.sha256) == 64
     images = pictures(21)
     with torch.inference_mode():
         expected = model.encode_image(torch.from_numpy(preprocess(images, preprocess_config(model.config)))).numpy()
@@ -64,7 +68,8 @@ def test_a_checkpoint_teacher_equals_its_model(checkpoint: tuple[ImageTextModel,
         expected_text = model.encode_text(tokens).numpy()
     assert np.linalg.norm(expected - expected.mean(0), axis=1).min() > 0.05  # the embeddings do differ
     found = teacher.encode_image(images)
-    assert found.dtype == np.float32 and (found * expected).sum(1).min() > 0.99999
+    assert found.dtype == np.float32
+    assert (found * expected).sum(1).min() > 0.99999
     assert (teacher.encode_text(TEXTS) * expected_text).sum(1).min() > 0.99999
 
 
@@ -80,7 +85,8 @@ def test_views_of_the_exact_size_are_taken_as_they_are(checkpoint: tuple[ImageTe
 
 def test_empty_lists_give_empty_embeddings(checkpoint: tuple[ImageTextModel, Path]) -> None:
     teacher = open_teacher(str(checkpoint[1]))
-    assert teacher.encode_image(np.zeros((0, SIZE, SIZE, 3), np.uint8)).shape == (0, 16) and teacher.encode_text([]).shape == (0, 16)
+    assert teacher.encode_image(np.zeros((0, SIZE, SIZE, 3), np.uint8)).shape == (0, 16)
+    assert teacher.encode_text([]).shape == (0, 16)
 
 
 def test_teachers_with_one_text_trunk_share_its_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +111,8 @@ def test_folding_keeps_the_output_or_is_left_out() -> None:
     pixels = torch.from_numpy(preprocess(pictures(4), preprocess_config(tiny_config("pad"))))
     with torch.inference_mode():
         fast = folded(model, SIZE)
-        assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fast.modules()) and any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules())
+        assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fast.modules())
+        assert any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules())
         assert torch.allclose(fast(pixels), model(pixels), rtol=1e-3, atol=1e-4)
 
     class Crossed(torch.nn.Module):
@@ -136,7 +143,9 @@ def test_an_open_clip_teacher_equals_open_clip() -> None:
         expected_text = torch.nn.functional.normalize(model.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS)), dim=-1).numpy()
     assert (teacher.encode_image(images) * expected).sum(1).min() > 0.99999
     assert (teacher.encode_text(TEXTS) * expected_text).sum(1).min() > 0.99999
-    assert teacher.facts.dim == expected.shape[1] and teacher.image_size == 224 and "random" in teacher.facts.licence
+    assert teacher.facts.dim == expected.shape[1]
+    assert teacher.image_size == 224
+    assert "random" in teacher.facts.licence
 
 
 @pytest.mark.parametrize(
