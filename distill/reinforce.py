@@ -127,7 +127,7 @@ def reinforce(config: ReinforceConfig) -> dict[str, Any]:
     index["figures"] |= _figures(index, finished, text_seconds, len(texts), time.monotonic() - started, config)
     write_index(folder, index)
     shutil.rmtree(folder / WORK, ignore_errors=True)
-    return index
+    return read_index(folder)
 
 
 # ---------------------------------------------------------------- settings, and what is there already
