@@ -57,7 +57,7 @@ def test_trained_captions_are_found_and_held_out_ones_have_no_answer(tmp_path: P
     assert result["ranks"]["text_to_image"]["held_out"] == [4]
     assert result["image_to_text"]["trained"]["recall@1"]["value"] == 1.0
     assert result["image_to_text"]["held_out"]["recall@3"]["value"] == 0.0
-    assert result["queries"]["text_to_image"]["all"] == [f"{name} square" for name in COLOURS]
+    assert result["queries"]["text_to_image"]["all"] == [f"{name} square" for name in sorted(COLOURS)]  # shards sort by key
     assert result["gallery"]["count"] == 4
 
 
@@ -66,7 +66,7 @@ def test_a_wrong_caption_finds_the_wrong_picture_and_clean_ones_can_be_passed(tm
     noisy = thumbnail_baseline(train, test_pairs, ks=(1,))
     assert noisy["text_to_image"]["trained"]["recall@1"]["value"] == 0.0
     assert noisy["text_to_image"]["trained"]["answered"] == pytest.approx(2 / 3)  # nobody calls a picture "blue square"
-    clean = thumbnail_baseline(train, test_pairs, captions=["red square", "green square", "blue square"], ks=(1,))
+    clean = thumbnail_baseline(train, test_pairs, captions=["blue square", "green square", "red square"], ks=(1,))
     assert clean["text_to_image"]["trained"]["recall@1"]["value"] == 1.0
     test = paired_recall_test(np.array(clean["ranks"]["text_to_image"]["trained"]), np.array(noisy["ranks"]["text_to_image"]["trained"]), 1)
     assert test.difference == 1.0
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, test_pairs: Pairs) -> None
 def test_pictures_that_do_not_decode_are_left_out(tmp_path: Path, test_pairs: Pairs) -> None:
     train = pairs(tmp_path / "train", [("broken", b"no picture", "red square", {}), ("old-red", square("red"), "red square", {})])
     result = thumbnail_baseline(train, test_pairs, ks=(1,))
-    assert result["ranks"]["text_to_image"]["trained"][0] == 1
+    assert result["ranks"]["text_to_image"]["trained"] == [4, 4, 1]  # blue and green were never seen
     only = pairs(tmp_path / "broken", [("broken", b"no picture", "red square", {})])
     with pytest.raises(BaselineError, match="nothing to look up"):
         thumbnail_baseline(only, test_pairs)
