@@ -126,8 +126,11 @@ def append_results(path: str | Path, lines: Sequence[Line]) -> None:
 
 
 def identity(row: Line) -> tuple[str, ...]:
-    """What makes two lines the same measurement: a rerun skips those whose identity is already in the file."""
-    settings = row["settings"]
+    """What makes two lines the same measurement: a rerun skips those whose identity is already in the file.
+
+    Another processor or another version of the inference runtime is another measurement.
+    """
+    settings, machine = row["settings"], row.get("environment") or {}
     return (
         row["kind"],
         row["phase"],
@@ -136,6 +139,8 @@ def identity(row: Line) -> tuple[str, ...]:
         str(settings.get("threads", "")),
         str(settings.get("input_sha256", "")),
         str(settings.get("reference_sha256", "")),
+        str((machine.get("processor") or {}).get("model", "")),
+        str((machine.get("packages") or {}).get("onnxruntime", "")),
     )
 
 

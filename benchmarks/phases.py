@@ -1,0 +1,131 @@
+"""The timed phases of a bundle: functions of a round number, each with its name, its artefact and what it is compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runtime
+from runtime.backends import BACKENDS
+from runtime.encoder import open_artefact
+from runtime.errors import DeviceError, ParityError
+from runtime.manifest import Artefact
+from runtime.preprocess import load_image, preprocess
+from runtime.selfcheck import selfcheck
+
+from .inputs import Inputs
+from .measure import Timed
+
+TOWERS = ("image", "text")
+
+
+@dataclass(slots=True)
+class Subject:
+    """A bundle that is measured."""
+
+    folder: Path
+    threads: int
+    inputs: Inputs
+    sha256: str = ""
+    clip: runtime.Clip = field(init=False)
+
+    def __post_init__(self) -> None:
+        import hashlib
+
+        self.clip = runtime.load(self.folder, threads=self.threads)
+        self.sha256 = hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+
+    @property
+    def label(self) -> dict[str, str]:
+        """What results say of the bundle: its name and the hash of its manifest, which holds the hash of every file."""
+        return {"name": self.clip.manifest.name, "sha256": self.sha256}
+
+    def runnable(self, tower: str) -> list[Artefact]:
+        """Proven artefacts of a tower that this machine can run, the dynamic fp32 one first (the reference of comparisons)."""
+        found = [a for a in self.clip.manifest.artefacts if a.tower == tower and a.status == "proven" and a.target in BACKENDS]
+        return sorted(found, key=lambda a: (a.precision != "fp32", a.batch != "dynamic", a.id))
+
+    def check(self) -> dict[str, float]:
+        """Run the golden inputs through every runnable artefact: a fast wrong answer is not worth timing.
+
+        Returns: least cosine by artefact id. Raises ParityError when one misses its threshold, or preprocessing or tokenizer differ.
+        """
+        ids = [artefact.id for tower in TOWERS for artefact in self.runnable(tower)]
+        result = selfcheck(self.folder, threads=self.threads, artefacts=ids)
+        if not result["ok"]:
+            bad = [entry["id"] for entry in result["artefacts"] if not entry["ok"]] or ["preprocessing or tokenizer"]
+            raise ParityError(f"{self.clip.manifest.name} gives wrong answers here ({', '.join(bad)}), so it is not timed; run: mclip verify {self.folder}")
+        return {entry["id"]: entry["cosine_min"] for entry in result["artefacts"] if entry.get("cosine_min") is not None}
+
+    def host(self) -> dict[str, Timed]:
+        """Phases without a tower."""
+        jpegs, texts, config, tokenizer = self.inputs.jpegs, self.inputs.texts, self.clip.preprocess_config, self.clip.tokenizer
+        pictures = [load_image(data) for data in jpegs]
+        return {
+            "decode": lambda turn: load_image(jpegs[turn % len(jpegs)]),
+            "preprocess": lambda turn: preprocess([pictures[turn % len(pictures)]], config),
+            "tokenise": lambda turn: tokenizer([texts[turn % len(texts)]]),
+        }
+
+    def tower(self, tower: str, artefact: Artefact) -> Timed:
+        """One artefact alone on prepared inputs."""
+        opened = open_artefact(self.folder, self.clip.manifest, artefact, self.threads)
+        if tower == "image":
+            prepared = [np.ascontiguousarray(preprocess([data], self.clip.preprocess_config)) for data in self.inputs.jpegs]
+        else:
+            prepared = [np.ascontiguousarray(self.clip.tokenizer([text])) for text in self.inputs.texts]
+        return lambda turn: opened.run(prepared[turn % len(prepared)])
+
+    def end_to_end(self, tower: str, artefact: Artefact) -> Timed:
+        """From JPEG bytes or a string to the embedding, through the SDK as an application calls it."""
+        clip = runtime.load(self.folder, threads=self.threads, prefer={tower: artefact.id})
+        if tower == "image":
+            jpegs = self.inputs.jpegs
+            return lambda turn: clip.encode_image([jpegs[turn % len(jpegs)]])
+        texts = self.inputs.texts
+        return lambda turn: clip.encode_text([texts[turn % len(texts)]])
+
+    def not_runnable(self) -> dict[str, str]:
+        """Proven artefacts that this machine cannot time -> why."""
+        why = {
+            "coreml": "Core ML runs on Apple devices only; its numerics were proven when it was exported, its speed was not measured here",
+            "tensorrt": "TensorRT needs an NVIDIA device; its speed was not measured here",
+        }
+        return {
+            artefact.id: why.get(artefact.target, f"nothing on this machine runs the target {artefact.target}")
+            for artefact in self.clip.manifest.artefacts
+            if artefact.status == "proven" and artefact.target not in BACKENDS
+        }
+
+
+def run_child(arguments: Sequence[str], inputs: Inputs | None = None, timeout: float = 300) -> dict[str, Any]:
+    """Run `benchmarks.child` in a fresh interpreter and return what it printed.
+
+    BLAS gets one thread (the peak is measured with one matrix product a thread). Raises DeviceError when it fails or torch was imported.
+    """
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]))
+    with tempfile.TemporaryDirectory() as scratch:
+        extra = []
+        if inputs is not None:
+            picture = Path(scratch) / "input.jpg"
+            picture.write_bytes(inputs.jpegs[0])
+            extra = ["--image", str(picture), "--text", inputs.texts[0]]
+        command = [sys.executable, "-m", "benchmarks.child", *arguments, *extra]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DeviceError(f"the measuring process '{arguments[0]}' ended with exit code {done.returncode}: {last}")
+    made: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if made.pop("torch"):
+        raise DeviceError(f"torch was imported during '{arguments[0]}'; the runtime must not need it, find the import with: python -X importtime")
+    return made
