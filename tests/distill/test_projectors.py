@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.ensemble import open_teacher
-from distill.projector_training import Features, Settings, recall_at, train_projectors
+from distill.projector_training import Features, Settings, calibrate, recall_at, train_projectors
 from distill.projectors import (
     BACKBONES,
     TEXT_PACKAGE,
@@ -123,6 +123,15 @@ def test_selection_finds_the_right_captions_and_raises_recall() -> None:
     assert float(right.float().mean()) < 0.45
     assert float(right[careful.trusted].float().mean()) > 0.75
     assert recall_at(careful, unseen, 1) > recall_at(trusting, unseen, 1)
+
+
+def test_the_calibrated_scale_is_the_likeliest() -> None:
+    known, unseen, _ = toy(noise=0.0)
+    made = train_projectors(known, TOY)
+    scores = made.encode_text(unseen.texts)[unseen.caption_of] @ made.encode_image(unseen.images).T
+    loss = {scale: float(F.cross_entropy(scale * scores, torch.arange(len(scores)))) for scale in (5.0, calibrate(made, unseen), 60.0)}
+    assert min(loss, key=loss.__getitem__) == calibrate(made, unseen)
+    assert 5 < calibrate(made, unseen) < 60
 
 
 def test_training_leaves_the_global_generator_alone() -> None:
