@@ -18,16 +18,17 @@ from export.latency_gate import Ratio, figures, interleaved, ratio
 from export.mil_interpreter import MilProgram
 from export.quantize import quantize_dynamic, quantize_static
 from export.to_coreml import evaluate, export_coreml
-from export.to_onnx import Batch, OnnxEncoder, export_onnx, serialize, write_onnx
+from export.to_onnx import Batch, OnnxEncoder, export_onnx, serialize, with_batch_1, write_onnx
 from export.to_tensorrt import audit_types, build_ahead, export_tensorrt, installed
 from export.towers import Samples, Tower, encoder_of
-from export.verify import Parity, Reference, check, failure, measure
+from export.verify import THRESHOLDS, Parity, Reference, check, failure, measure
 from runtime.errors import ParityError
 from runtime.manifest import Artefact
 
 TARGETS = ("onnx", "coreml", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "int8")
 STATIC_SAMPLES = 64  # the static variant differs in one dimension of its shapes
+FLOAT_CONVOLUTIONS = (3, 6)  # tried in turn until the embeddings are near enough
 COREML_SAMPLES = 32  # the interpreter takes longer than a compiled runtime
 
 
@@ -76,11 +77,11 @@ class Maker:
 
     def _onnx(self, tower: Tower) -> list[Artefact]:
         inputs = self.samples.inputs(tower)
-        encoder = encoder_of(self.model, tower)
         sessions: dict[str, OnnxEncoder] = {}
         drafts: list[_Draft] = []
-        for batch in ("dynamic", "1"):
-            draft = _Draft(tower=tower, precision="fp32", batch=batch, model=export_onnx(encoder, inputs, batch=batch))
+        exported = export_onnx(encoder_of(self.model, tower), inputs)
+        for batch, model in (("dynamic", exported), ("1", with_batch_1(exported))):
+            draft = _Draft(tower=tower, precision="fp32", batch=batch, model=model)
             write_onnx(draft.model, self.folder / draft.path)
             sessions[draft.id] = OnnxEncoder(self.folder / draft.path)
             draft.parity = self._parity(tower, sessions[draft.id], inputs if batch == "dynamic" else inputs[:STATIC_SAMPLES])
@@ -101,22 +102,34 @@ class Maker:
     def _int8(self, tower: Tower, base: _Draft, sessions: dict[str, OnnxEncoder]) -> list[_Draft]:
         """One int8 draft of dynamic batch, and its static variant when the first is near enough to the checkpoint."""
         inputs = self.samples.inputs(tower)
-        draft = _Draft(tower=tower, precision="int8", batch="dynamic", model=self._quantised(tower, base.model))
+        draft = _Draft(tower=tower, precision="int8", batch="dynamic", model=self._quantised(tower, base, sessions[base.id]))
         write_onnx(draft.model, self.folder / draft.path)
         sessions[draft.id] = OnnxEncoder(self.folder / draft.path)
         draft.parity = self._parity(tower, sessions[draft.id], inputs)
         if failure(draft.id, draft.parity, "int8"):
             return [draft]
-        static = _Draft(tower=tower, precision="int8", batch="1", model=_fixed(draft.model))
+        static = _Draft(tower=tower, precision="int8", batch="1", model=with_batch_1(draft.model, fold=False))
         write_onnx(static.model, self.folder / static.path)
         sessions[static.id] = OnnxEncoder(self.folder / static.path)
         static.parity = self._parity(tower, sessions[static.id], inputs)
         return [draft, static]
 
-    def _quantised(self, tower: Tower, model: onnx.ModelProto) -> onnx.ModelProto:
-        """Matrix products (text) suit dynamic ranges; convolutions need ranges calibrated beforehand."""
-        convolutions = any(node.op_type == "Conv" for node in model.graph.node)
-        return quantize_static(model, self.calibration.inputs(tower)) if convolutions else quantize_dynamic(model)
+    def _quantised(self, tower: Tower, base: _Draft, session: OnnxEncoder) -> onnx.ModelProto:
+        """Matrix products (text) suit dynamic ranges; convolutions need ranges calibrated beforehand, and the first ones float.
+
+        How many stay float is decided on calibration rows that gave no ranges, never on the samples that judge the artefact.
+        """
+        if not any(node.op_type == "Conv" for node in base.model.graph.node):
+            return quantize_dynamic(base.model)
+        rows = self.calibration.inputs(tower)
+        held = max(1, len(rows) // 4)
+        expected = session(rows[-held:])
+        for count in FLOAT_CONVOLUTIONS:
+            model = quantize_static(base.model, rows[:-held] if len(rows) > held else rows, float_convolutions=count)
+            cosines = (OnnxEncoder(serialize(model))(rows[-held:]) * expected).sum(1)
+            if cosines.mean() >= THRESHOLDS["int8"].cosine_mean and cosines.min() >= THRESHOLDS["int8"].cosine_min:
+                break
+        return model
 
     def _timed(self, draft: _Draft, base: _Draft, times: dict[str, np.ndarray]) -> Artefact:
         against = None if draft is base else ratio(times[draft.id], times[base.id])
@@ -218,15 +231,6 @@ def _refusal(draft: _Draft, against: Ratio | None) -> str | None:
             f"({against.level:.0%} interval {against.low:.2f} to {against.high:.2f}, expected below 0.99)"
         )
     return None
-
-
-def _fixed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose batch is 1."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    for value in (*copied.graph.input, *copied.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    return copied
 
 
 def _sentence(parity: Parity | None) -> str:

@@ -79,6 +79,11 @@ def _axis(node: onnx.NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
+def _convolutions(path: Path) -> list[str]:
+    """Names of a file's convolutions from the input on."""
+    return [node.name for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+
+
 class _Reader:
     """Feeds calibration rows one at a time (ONNX Runtime's CalibrationDataReader, by duck type)."""
 
@@ -95,12 +100,14 @@ class _Reader:
         self.place = 0
 
 
-def quantize_static(model: onnx.ModelProto, calibration: np.ndarray, *, symmetric: bool = False) -> onnx.ModelProto:
+def quantize_static(model: onnx.ModelProto, calibration: np.ndarray, *, float_convolutions: int = 0, symmetric: bool = False) -> onnx.ModelProto:
     """Convolutions and linear layers to int8 with Q/DQ pairs; ranges are the least and largest values over the calibration rows.
 
     Args:
         model: float32, batch dynamic or 1.
         calibration: (N, …) float32 inputs of the model; real pictures, not noise.
+        float_convolutions: how many convolutions from the input on stay float. Channels of the first ones differ most in range,
+            and one activation scale cannot serve them all: on an EfficientNet-lite0, three lift the mean cosine from 0.71 to 0.98.
         symmetric: int8 activations around zero and float biases, the form that NVIDIA's parser takes; slower in ONNX Runtime.
 
     Raises:
@@ -125,6 +132,7 @@ def quantize_static(model: onnx.ModelProto, calibration: np.ndarray, *, symmetri
                 _Reader(model.graph.input[0].name, calibration),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm", "Clip", "Relu"],
+                nodes_to_exclude=_convolutions(prepared)[:float_convolutions],
                 per_channel=True,
                 activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,

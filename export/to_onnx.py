@@ -92,6 +92,25 @@ def export_onnx(encoder: Encoder, example: np.ndarray, *, batch: Batch = "dynami
     return model
 
 
+def with_batch_1(model: onnx.ModelProto, *, fold: bool = True) -> onnx.ModelProto:
+    """A copy of a dynamic-batch model whose batch is 1, the same graph as a separate export of batch 1 gives, in a tenth of the time.
+
+    Args:
+        fold: compute shape arithmetic now. False for graphs with Q/DQ pairs, whose int8 weights folding would turn to float.
+    """
+    import onnxscript.optimizer
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    if fold:
+        with quiet("onnxscript", "onnx_ir"):
+            fixed = onnxscript.optimizer.optimize(fixed)
+    strip(fixed)
+    return fixed
+
+
 def strip(model: onnx.ModelProto) -> None:
     """Remove, in place, what tells of the machine and changes from run to run: source paths, class names, notes, recorded shapes."""
     model.producer_version = model.producer_version.split("+")[0]

@@ -205,10 +205,8 @@ def test_parity_failure_leaves_the_old_bundle(settings, pocket_bundle, monkeypat
     shutil.copytree(pocket_bundle, settings.bundle)
     before = snapshot(settings.bundle)
 
-    def broken(encoder, example, *, batch):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export.artefacts, "export_onnx", None)
-            model = onnx.load(pocket_bundle / ("onnx/image.fp32.onnx" if batch == "dynamic" else "onnx/image.fp32.static.onnx"))
+    def broken(encoder, example):
+        model = onnx.load(pocket_bundle / "onnx/image.fp32.onnx")
         kernel = max((i for i in model.graph.initializer if len(i.dims) == 4), key=lambda i: np.prod(i.dims))
         values = onnx.numpy_helper.to_array(kernel) * np.float32(1.5)
         kernel.CopyFrom(onnx.numpy_helper.from_array(values, kernel.name))
@@ -223,8 +221,7 @@ def test_parity_failure_leaves_the_old_bundle(settings, pocket_bundle, monkeypat
 
 def test_int8_that_is_too_far_or_too_slow_is_refused(settings, pocket_bundle, monkeypatch):
     """Both verdicts with real graphs: the text tower's own int8, then the same with a ratio that says slower."""
-    monkeypatch.setattr(export.artefacts, "export_onnx", lambda encoder, example, *, batch: onnx.load(
-        pocket_bundle / f"onnx/{encoder.kind}.fp32{'' if batch == 'dynamic' else '.static'}.onnx"))  # fmt: skip
+    monkeypatch.setattr(export.artefacts, "export_onnx", lambda encoder, example: onnx.load(pocket_bundle / f"onnx/{encoder.kind}.fp32.onnx"))
     monkeypatch.setattr(export.artefacts, "failure", lambda *arguments: None)
     monkeypatch.setattr(export.artefacts, "ratio", lambda candidate, base: Ratio(median=1.42, low=1.38, high=1.47))
     manifest = export_bundle(dataclasses.replace(settings, precision="fp32,int8"))

@@ -46,13 +46,24 @@ def test_any_batch_gives_the_checkpoints_embeddings(pocket_bundle, samples, refe
             np.testing.assert_allclose(encoder(samples.inputs(tower), batch), reference.of(tower), atol=1e-5)
 
 
-def test_second_export_gives_the_same_bytes(pocket, samples, pocket_bundle, pocket_checkpoint):
+def test_second_export_gives_the_same_bytes(samples, pocket_bundle, pocket_checkpoint):
     from mobileclip.checkpoint import load_checkpoint
     from mobileclip.reparameterize import reparameterize
 
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
     again = export_onnx(text_encoder(folded), samples.tokens)
     assert serialize(again) == (pocket_bundle / "onnx/text.fp32.onnx").read_bytes()
+
+
+def test_batch_1_is_the_graph_of_a_separate_export(pocket_checkpoint, samples, pocket_bundle):
+    from mobileclip.checkpoint import load_checkpoint
+    from mobileclip.reparameterize import reparameterize
+
+    folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
+    separate = export_onnx(text_encoder(folded), samples.tokens, batch="1")
+    derived = onnx.load(pocket_bundle / "onnx/text.fp32.static.onnx")
+    assert operation_counts(derived) == operation_counts(separate)
+    assert "Shape" not in operation_counts(derived)
 
 
 def test_gelu_taken_apart_is_found(text_model, pocket, samples):
@@ -147,6 +158,9 @@ def test_static_int8_takes_convolutions_and_needs_pictures(image_model, samples,
     assert counts["DequantizeLinear"] > counts["Conv"] > 0
     parity = measure("image", OnnxEncoder(serialize(quantised))(samples.pixels), reference)
     assert 0.5 < parity.cosine_mean < 0.99999
+    kept = operation_counts(quantize_static(image_model, samples.pixels[:12], float_convolutions=3))
+    assert kept["Conv"] == counts["Conv"]
+    assert kept["DequantizeLinear"] < counts["DequantizeLinear"]
     with pytest.raises(ParityError, match="needs calibration inputs"):
         quantize_static(image_model, samples.pixels[:0])
 
