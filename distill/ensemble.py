@@ -20,7 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from distill.store import TeacherFacts, unit
+from distill.store import TeacherFacts
+from distill.store_writing import unit
 from runtime.errors import RecipeError, StoreError
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distill.progress import progress
 from distill.projector_training import Features, Projectors, Settings, calibrate, recall_at, train_projectors
-from distill.store import hash_shards
+from distill.store_writing import hash_shards
 from distill.teachers import MICRO_BATCH, folded
 from mobileclip.checkpoint import file_sha256, load_state, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
@@ -199,7 +199,8 @@ def build_teacher(config: ProjectorConfig) -> dict[str, Any]:
         best.logit_scale = calibrate(best, unseen)
     place(best, model)
     figures = {
-        "keep": keep, "logit_scale": best.logit_scale, "validation_recall5": recall if unseen else None, "validation_recall5_by_keep": {str(k): r for r, k, _ in tried} if unseen else {},
+        "keep": keep, "logit_scale": best.logit_scale, "validation_recall5": recall if unseen else None,
+        "validation_recall5_by_keep": {str(k): r for r, k, _ in tried} if unseen else {},
         "pairs": len(known.images), "skipped": known.skipped, "features_seconds": round(seen - started, 2), "training_seconds": round(time.monotonic() - seen, 2),
     }  # fmt: skip
     save_checkpoint(model, config.out, tokenizer=package_file(TEXT_PACKAGE, "model/tokenizer.json"), extra={**stamp, "figures": figures})

@@ -33,7 +33,8 @@ from distill.augment import AugmentSpec
 from distill.captions import Caption, captions_of, check_templates
 from distill.progress import progress
 from distill.reinforce_worker import TEXTS_PER_FILE, PartDone, PartTask, TextTask, describe_teachers, embed_part, embed_texts, start_worker, text_path
-from distill.store import INDEX, Part, TeacherFacts, hash_shards, open_store, part_entry, read_index, write_index
+from distill.store import Part, TeacherFacts, open_store, read_index
+from distill.store_writing import INDEX, hash_shards, part_entry, write_index
 from runtime.errors import PairsError, RecipeError, StoreError
 from runtime.pairs import Pairs, open_pairs
 

@@ -25,7 +25,8 @@ from distill import augment
 from distill.augment import AugmentSpec
 from distill.captions import Caption
 from distill.ensemble import encode_texts, encode_views, open_teacher
-from distill.store import Part, PartRows, TeacherFacts, unit, write_part, write_safetensors
+from distill.store import Part, TeacherFacts
+from distill.store_writing import PartRows, unit, write_part, write_safetensors
 from runtime.errors import ClipError, ImageError, MissingExtraError
 from runtime.pairs import Pairs, open_pairs
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from distill.store import TeacherFacts, unit
+from distill.store import TeacherFacts
+from distill.store_writing import unit
 from runtime.errors import CheckpointError, MissingExtraError, StoreError
 from runtime.preprocess import PreprocessConfig, normalise, preprocess
 

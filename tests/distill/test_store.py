@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from distill import store as store_module
 from distill.captions import captions_of
-from distill.store import DTYPES, PartRows, from_bfloat16, open_store, quantise, to_bfloat16, unit, write_index, write_part
+from distill.store import DTYPES, open_store
+from distill.store_writing import PartRows, from_bfloat16, quantise, to_bfloat16, unit, write_index, write_part
 from runtime.errors import StoreError
 
 TABLES = {"sources": ["pairs", "emoji"], "languages": ["en"]}

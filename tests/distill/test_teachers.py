@@ -36,7 +36,7 @@ def calibrated(config: ModelConfig, seed: int = 0) -> ImageTextModel:
     torch.manual_seed(seed)
     model = ImageTextModel(config).train()
     with torch.no_grad():
-        for _ in range(6):
+        for _ in range(12):
             model.encode_image(torch.from_numpy(preprocess(pictures(8), preprocess_config(config))))
     return model.eval()
 

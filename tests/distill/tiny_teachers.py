@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from distill.store import TeacherFacts, unit
+from distill.store import TeacherFacts
+from distill.store_writing import unit
 
 
 class TinyTeacher:
