@@ -6,6 +6,8 @@ scales with its column; the numbers behind it stand in a table of the page, so t
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -16,7 +18,8 @@ from runtime.errors import MissingExtraError
 KINDS = ("baseline", "teacher", "student", "artefact")
 """Kinds of rows, in the order in which they take the colours --k1 … --k4."""
 
-WIDTH = 380
+WIDTH, HEIGHT, LABEL = 380, 260, 11
+"""Of the plotting area, and of the labels of points, in units of the drawing."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
@@ -32,7 +35,7 @@ def recall_dots(rows: Sequence[dict[str, Any]], metric: str, title: str) -> str:
     color = _kind_color(alt)
     base = alt.Chart(alt.Data(values=known))
     layers = [
-        alt.Chart(alt.Data(values=values)).mark_text(opacity=0).encode(y=y),  # keeps rows without an answer on the axis
+        alt.Chart(alt.Data(values=values)).mark_text(fill="none").encode(y=y),  # keeps rows without an answer on the axis
         base.mark_rule(strokeWidth=3, opacity=0.45).encode(
             x=alt.X("low:Q", scale=scale, title=metric, axis=alt.Axis(tickCount=5)), x2="high:Q", y=y, color=color
         ),
@@ -68,27 +71,69 @@ def scatter(rows: Sequence[dict[str, Any]], x_title: str, y_title: str, title: s
     """Accuracy against a cost. Rows: {"model", "kind", "x", "value", "low", "high"}; x is logarithmic when it spans more than 4 times."""
     alt = _altair()
     xs = [row["x"] for row in rows]
-    spread = max(xs) / min(xs)
-    scale = alt.Scale(type="log", domain=[min(xs) / 1.3, max(xs) * 1.6], nice=False) if spread > 4 else alt.Scale(domain=[0, max(xs) * 1.35], nice=False)
-    x = alt.X("x:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, format="~g"))
+    logarithmic = max(xs) / min(xs) > 4
+    x_domain = (min(xs) / 1.5, max(xs) * 1.5) if logarithmic else (0.0, max(xs) * 1.25)
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
-    room = max(0.01, (high - low) * 0.12)
-    y_scale = alt.Scale(domain=[max(0.0, low - room), min(1.0, high + room)], nice=False, zero=False)
+    room = max(0.01, (high - low) * 0.15)
+    y_domain = (max(0.0, low - room), min(1.0, high + room))
+    scale = alt.Scale(type="log" if logarithmic else "linear", domain=x_domain, nice=False)
+    y_scale = alt.Scale(domain=y_domain, nice=False, zero=False)
+    x = alt.X("x:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, format="~g"))
     color = _kind_color(alt)
-    placed = _place([dict(row) for row in rows], max(room * 0.55, 1e-6), spread > 4)
-    base = alt.Chart(alt.Data(values=placed))
+
+    def to_pixels(row: dict[str, Any]) -> tuple[float, float]:
+        start, stop, at = (math.log(value) if logarithmic else value for value in (*x_domain, row["x"]))
+        return WIDTH * (at - start) / (stop - start), HEIGHT * (y_domain[1] - row["value"]) / (y_domain[1] - y_domain[0])
+
+    labels = place_labels([(*to_pixels(row), str(row["model"])) for row in rows], WIDTH, HEIGHT)
+    base = alt.Chart(alt.Data(values=list(rows)))
     layers = [
-        base.mark_rule(strokeWidth=2, opacity=0.35).encode(
-            x=x, y=alt.Y("low:Q", scale=y_scale, title=y_title, axis=alt.Axis(tickCount=5)), y2="high:Q", color=color
-        ),
-        base.mark_circle(size=130, opacity=0.95).encode(x=x, y=alt.Y("value:Q", scale=y_scale, title=y_title), color=color),
+        base.mark_rule(strokeWidth=2, opacity=0.35).encode(x=x, y=alt.Y("low:Q", scale=y_scale, title=y_title, axis=alt.Axis(tickCount=5)), y2="high:Q", color=color),
+        base.mark_circle(size=110, opacity=0.9).encode(x=x, y=alt.Y("value:Q", scale=y_scale, title=y_title), color=color),
     ]
-    for side, align, dx in (("right", "left", 9), ("left", "right", -9)):
-        labels = [row for row in placed if row["side"] == side]
-        if labels:
-            text = alt.Chart(alt.Data(values=labels)).mark_text(align=align, dx=dx, fontSize=11, fill="currentColor", limit=150)
-            layers.append(text.encode(x=x, y=alt.Y("label_y:Q", scale=y_scale, title=y_title), text="model:N"))
-    return _svg(alt.layer(*layers).properties(width=WIDTH, height=250), title)
+    for label in labels:
+        point = alt.Chart(alt.Data(values=[label]))
+        if label["leader"]:
+            line = {"x": alt.value(label["point_x"]), "x2": alt.value(label["anchor_x"]), "y": alt.value(label["point_y"]), "y2": alt.value(label["y"])}
+            layers.append(point.mark_rule(strokeWidth=1, stroke="var(--muted)", opacity=0.6).encode(**line))
+        layers.append(point.mark_text(align="left", fontSize=LABEL, fill="currentColor").encode(x=alt.value(label["x"]), y=alt.value(label["y"]), text="text:N"))
+    return _svg(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title)
+
+
+def place_labels(points: Sequence[tuple[float, float, str]], width: float, height: float) -> list[dict[str, Any]]:
+    """Where labels go so that none covers another label or a point: beside its point, else further up or down with a thin leader.
+
+    Args:
+        points: (x, y, text) in pixels, y downwards.
+
+    Returns:
+        {"text", "x" (left end), "y" (middle), "leader", "point_x", "point_y", "anchor_x"} in the order of the points.
+    """
+    tall = LABEL + 3.0
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
+    placed: list[dict[str, Any]] = []
+    for x, y, text in points:
+        wide = 0.56 * LABEL * len(text) + 2
+        best: tuple[float, float, float, bool] | None = None
+        for step in range(24):
+            for sign in (-1, 1) if step else (1,):
+                middle = y + sign * step * tall / 2
+                for left in (x + 9, x - 9 - wide):
+                    box = (left, middle - tall / 2, left + wide, middle + tall / 2)
+                    inside = box[0] >= 0 and box[2] <= width + 24 and box[1] >= -4 and box[3] <= height + 2
+                    cost = step + (0 if inside else 40) + 100 * sum(_overlap(box, other) for other in taken)
+                    if best is None or cost < best[0]:
+                        best = (cost, left, middle, step > 1)
+        assert best is not None
+        _, left, middle, leader = best
+        taken.append((left, middle - tall / 2, left + wide, middle + tall / 2))
+        anchor = left - 2 if left > x else left + wide + 1
+        placed.append({"text": text, "x": left, "y": middle, "leader": leader, "point_x": x, "point_y": y, "anchor_x": anchor})
+    return placed
+
+
+def _overlap(first: tuple[float, float, float, float], second: tuple[float, float, float, float]) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
 
 
 def latency_bars(rows: Sequence[dict[str, Any]], title: str) -> str:
@@ -108,7 +153,7 @@ def latency_bars(rows: Sequence[dict[str, Any]], title: str) -> str:
     layers.append(
         base.mark_text(align="left", dx=6, fontSize=12, fill="currentColor").encode(x=alt.X("p99:Q", scale=scale, title="milliseconds"), y=y, text="text:N")
     )
-    return _svg(alt.layer(*layers).properties(width=WIDTH - 60, height=alt.Step(28)), title)
+    return _svg(alt.layer(*layers).properties(width=WIDTH - 120, height=alt.Step(28)), title)
 
 
 def sample_strip(samples: Sequence[int], title: str) -> str:
@@ -124,22 +169,6 @@ def sample_strip(samples: Sequence[int], title: str) -> str:
         y=alt.Y("ms:Q", title="ms", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=3)),
     )
     return _svg(chart.properties(width=WIDTH, height=110), title)
-
-
-def _place(rows: list[dict[str, Any]], clearance: float, logarithmic: bool) -> list[dict[str, Any]]:
-    """Put each label on the side with room, and push labels apart that would overprint."""
-    xs = [row["x"] for row in rows]
-    middle = (min(xs) * max(xs)) ** 0.5 if logarithmic else max(xs) * 0.6
-    for row in rows:
-        row["side"] = "left" if row["x"] > middle else "right"
-        row["label_y"] = row["value"]
-    for side in ("left", "right"):
-        last = None
-        for row in sorted((row for row in rows if row["side"] == side), key=lambda row: row["value"]):
-            if last is not None and row["label_y"] < last + clearance:
-                row["label_y"] = last + clearance
-            last = row["label_y"]
-    return rows
 
 
 def _milliseconds(value: float) -> str:
@@ -166,6 +195,9 @@ def _svg(chart: Any, title: str) -> str:
         titleFontWeight="normal",
     ).configure_legend(labelColor="currentColor", labelFontSize=12, titleColor="var(--muted)")
     drawn = vl_convert.vegalite_to_svg(chart.to_dict())
+    # identifiers must be unique in the page, or one drawing is clipped by the frame of another
+    own = hashlib.sha256(drawn.encode()).hexdigest()[:8]
+    drawn = re.sub(r'(\bid="|url\(#|xlink:href="#|\bhref="#)', rf"\g<1>g{own}-", drawn)
     # one labelled image; its size follows the column instead of the drawing
     drawn = re.sub(r'(<svg[^>]*?) width="[\d.]+" height="[\d.]+"', rf'\1 role="img" aria-label="{escape(title, quote=True)}"', drawn, count=1)
     return drawn

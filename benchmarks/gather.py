@@ -53,14 +53,15 @@ class Material:
 def gather(results: Sequence[Path], run: Path | None, samples: int = 18) -> Material:
     """Read the results files (each must exist) and, where given, the run folder (each part may be absent)."""
     material = Material(lines=newest(read_results(results)))
-    if not material.lines:
-        material.missing.append("No latency was measured: no results line was given.")
+    if not any(row["kind"] == "latency" for row in material.lines):
+        material.missing.append("No latency was measured: no such results line was given.")
     if run is None:
-        material.missing.append("No run folder was given, so accuracy, training and pictures are left out.")
+        material.tables = {"rows": accuracy_rows(material.lines)}
+        material.missing.append("No run folder was given, so training curves, pictures and parity are left out.")
         return material
     if not run.is_dir():
         raise ResultsError(f"the run folder {run.name} does not exist; make one with: mclip demo --out {run.name}, or leave --run out")
-    material.tables = _json(run / "tables.json", "Accuracy tables", material.missing)
+    material.tables = _json(run / "tables.json", "Accuracy tables", material.missing) or {"rows": accuracy_rows(material.lines)}
     _curves(run, material)
     for path in sorted(run.glob("*/manifest.json")):
         material.manifests[path.parent.name] = _json(path, "A bundle's manifest", material.missing)
@@ -68,6 +69,20 @@ def gather(results: Sequence[Path], run: Path | None, samples: int = 18) -> Mate
         material.missing.append("There is no bundle in the run, so parity is left out.")
     _pictures(run, material, samples)
     return material
+
+
+def accuracy_rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Rows of tables.json made from `accuracy` lines, for results without a demo run."""
+    rows = []
+    for found in lines:
+        if found["kind"] != "accuracy":
+            continue
+        figures, bundle = found["figures"], (found["bundle"] or {}).get("name", "")
+        for direction in ("text_to_image", "image_to_text"):
+            for split, row in figures[direction].items():
+                common = {"model": f"{bundle}: {found['artefact']}", "kind": "artefact", "split": split, "direction": direction, "gallery": figures["gallery"]["count"]}
+                rows.append({**common, **row})
+    return rows
 
 
 def _curves(run: Path, material: Material) -> None:
@@ -99,8 +114,9 @@ def _pictures(run: Path, material: Material, samples: int) -> None:
         for key in sorted(filter(None, wanted)):
             if key in rows:
                 material.pictures[key] = _picture(test, rows[key])
-        stride = max(1, len(test) // max(1, samples // 3))
-        material.test_samples = [_picture(test, row) for row in range(stride // 2, len(test), stride)][: samples // 3]
+        # steps of the golden ratio are spread evenly without following the order in which concepts come
+        chosen = dict.fromkeys(int(len(test) * ((index + 1) * 0.6180339887 % 1)) for index in range(samples // 2))
+        material.test_samples = [_picture(test, row) for row in chosen]
     for name in ("CREDITS.md", "sample.json"):
         path = run / "pairs" / name
         if path.is_file() and name == "CREDITS.md":
@@ -116,7 +132,7 @@ def _train_samples(train: Pairs, material: Material, samples: int) -> None:
     chosen: list[int] = []
     for name, rows in sorted(kinds.items()):
         count = max(1, round(samples * material.noise_share[name]))
-        chosen += [rows[(2 * index + 1) * len(rows) // (2 * count)] for index in range(min(count, len(rows)))]
+        chosen += list(dict.fromkeys(rows[int(len(rows) * ((index + 1) * 0.6180339887 % 1))] for index in range(min(count, len(rows)))))
     # a fixed stride through the choice mixes right and wrong captions without a random order
     order = sorted(range(len(chosen)), key=lambda index: (index * 7) % max(1, len(chosen)))
     material.train_samples = [_picture(train, chosen[index]) for index in order][:samples]

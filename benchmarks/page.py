@@ -24,7 +24,7 @@ a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-off
 nav{display:flex;flex-wrap:wrap;gap:6px 16px;margin:18px 0 0;padding:10px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line);font-size:.92rem}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 section{margin:44px 0 0;scroll-margin-top:12px}.panel{background:var(--panel);border:1px solid var(--line);border-radius:12px;padding:18px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin:22px 0 0;padding:0;list-style:none}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(225px,1fr));gap:12px;margin:22px 0 0;padding:0;list-style:none}
 .tiles li{background:var(--panel);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
 .tiles .figure{display:block;font-size:1.75rem;font-weight:650;letter-spacing:-.02em;line-height:1.15;font-variant-numeric:tabular-nums}
 .tiles .name{display:block;font-size:.87rem;color:var(--muted);line-height:1.35;margin-top:4px}.tiles .interval{font-size:.82rem;color:var(--muted);font-variant-numeric:tabular-nums}
@@ -48,7 +48,7 @@ figcaption b{color:var(--ink);font-weight:600}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}caption{text-align:left;padding:12px 14px 8px;font-weight:600}
 th,td{padding:7px 12px;text-align:right;border-top:1px solid var(--line);white-space:nowrap;vertical-align:top}thead th{font-weight:600;color:var(--muted);font-size:.82rem;border-top:0}
 th[scope=row],td.text,th.text{text-align:left}th[scope=row]{font-weight:550}td.wrap{white-space:normal;min-width:16em;text-align:left}
-td .interval{display:block;font-size:.78rem;color:var(--muted)}.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
+td .interval{display:inline-block;min-width:7.4em;padding-left:.7em;font-size:.8rem;color:var(--muted)}.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.86rem;color:var(--muted);margin:6px 0}
 details{margin:10px 0}summary{cursor:pointer;color:var(--accent);padding:4px 0}ul.plain{padding-left:1.2em;margin:8px 0}ul.plain li{margin:4px 0}
 dl.facts{display:grid;grid-template-columns:max-content 1fr;gap:4px 18px;margin:0;font-size:.92rem}dl.facts dt{color:var(--muted)}dl.facts dd{margin:0;overflow-wrap:anywhere}
@@ -56,9 +56,11 @@ dl.facts{display:grid;grid-template-columns:max-content 1fr;gap:4px 18px;margin:
 .bars .bar{height:14px;border-radius:3px;background:var(--s1);min-width:2px}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;margin:0}
 footer{margin-top:52px;padding-top:16px;padding-bottom:48px;border-top:1px solid var(--line);color:var(--muted);font-size:.86rem}
 .skip{position:absolute;left:-9999px}.skip:focus{left:12px;top:12px;background:var(--panel);padding:8px}
+@media (max-width:720px){td .interval{display:block;min-width:0;padding:0}}
 @media (max-width:560px){main,header.top,footer{padding-left:14px;padding-right:14px}header.top{padding-top:26px}section{margin-top:34px}
 .row{grid-template-columns:repeat(3,minmax(0,1fr))}.hit.target{border-right:0;padding-right:0}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.tiles .figure{font-size:1.4rem}
-figure.chart{padding:10px 6px}dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:6px}.gallery{grid-template-columns:repeat(3,minmax(0,1fr))}}
+figure.chart{padding:10px 6px}dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:6px}.gallery{grid-template-columns:repeat(3,minmax(0,1fr))}
+th,td{padding:6px 7px}table{font-size:.82rem}th[scope=row]{white-space:normal}td .interval{font-size:.72rem}}
 @media print{nav{display:none}section{break-inside:avoid}}
 """
 

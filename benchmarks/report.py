@@ -63,11 +63,12 @@ def render(material: Material, title: str | None = None) -> tuple[str, list[str]
         ("unmeasured", "What was not measured here", report_method.unmeasured(material)),
     ]
     sections = [section for section in built if section[2]]
+    found = report_pictures.headline(material)
     name = title or str(material.tables.get("title") or "") or "Results"
     html = page(
         title=markup.text(name),
         lead=_lead(material),
-        tiles=report_pictures.tiles(material.tables.get("headline") or {}),
+        tiles=report_pictures.tiles(found) + report_pictures.figures(found),
         sections=sections,
         footer=_footer(material),
     )

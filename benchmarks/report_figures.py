@@ -26,9 +26,12 @@ PHASES = {
     "text_tower": "text tower",
     "end_to_end_image": "JPEG to embedding",
     "end_to_end_text": "string to embedding",
-    "cold_start": "cold start",
+    "cold_start_image": "cold start to the first picture’s embedding",
+    "cold_start_text": "cold start to the first text’s embedding",
 }
 CHARTED = ("held_out", "trained")
+OPEN = ("held_out", "trained", "stamps")
+"""Splits whose tables are not folded away."""
 
 
 def accuracy(material: Material) -> str:
@@ -40,7 +43,7 @@ def accuracy(material: Material) -> str:
     drawn = []
     for split in [split for split in CHARTED if split in splits] or splits[:1]:
         chosen = [row for row in rows if row["split"] == split and row["direction"] == "text_to_image"]
-        points = [{"model": row["model"], "kind": row["kind"], **_interval(row.get("recall@5"))} for row in chosen]
+        points = [{"model": row["model"], "kind": row["kind"], **_interval(row)} for row in chosen]
         title = SPLIT_TITLES.get(split, split)
         drawn.append(
             markup.chart(
@@ -49,25 +52,30 @@ def accuracy(material: Material) -> str:
                 "recall@5 with 95 % interval",
             )
         )
-    tables = []
+    tables, folded = [], []
+    shown = [split for split in splits if split in OPEN] or splits
     for split in splits:
-        forward = _recall_table(rows, split, "text_to_image")
-        backward = _recall_table(rows, split, "image_to_text")
-        tables.append(forward + (f"<details><summary>The other direction, image → text</summary>{backward}</details>" if backward else ""))
+        forward, backward = (_recall_table(rows, split, direction) for direction in DIRECTIONS)
+        if split in shown:
+            tables.append(forward + (f"<details><summary>The other direction, image → text</summary>{backward}</details>" if backward else ""))
+        else:
+            folded.append(forward + backward)
+    if folded:
+        tables.append(f"<details><summary>The other slices: keycaps, clocks, flags, everything</summary>{''.join(folded)}</details>")
     legend = '<p class="legend">' + "".join(f"<span>{markup.dot(kind)}{kind}</span>" for kind in charts.KINDS) + "</p>"
     intro = (
         "<p>A query is the label of a concept; it counts when a picture of that concept is among the first k of the whole gallery. "
         "The baselines have no model: they look a caption up among the training captions, so for a concept that was held out they have no answer "
         "(it counts as recall 0).</p>"
     )
-    return f'{intro}{legend}<div class="two">{"".join(drawn)}</div>{"".join(tables)}{_zero_shot(material)}'
+    return f'{intro}{legend}<div class="two">{"".join(drawn)}</div>{"".join(tables)}{_zero_shot(material)}{_paired(material)}'
 
 
 def _recall_table(rows: list[dict[str, Any]], split: str, direction: str) -> str:
     chosen = [row for row in rows if row["split"] == split and row["direction"] == direction]
     if not chosen:
         return ""
-    body = [[markup.dot(row["kind"]) + markup.text(row["model"]), *(markup.recall(row.get(f"recall@{k}")) for k in (1, 5, 10))] for row in chosen]
+    body = [[markup.dot(row["kind"]) + markup.text(row["model"]), *(_cell(row, f"recall@{k}") for k in (1, 5, 10))] for row in chosen]
     first = chosen[0]
     counts = f"{first['n']:,} queries among {first['gallery']:,}" if first.get("n") and first.get("gallery") else ""
     title = f"{SPLIT_TITLES.get(split, split)}, {DIRECTIONS.get(direction, direction)}" + (f" ({counts})" if counts else "")
@@ -85,11 +93,38 @@ def _zero_shot(material: Material) -> str:
     )
 
 
-def _interval(found: dict[str, Any] | None) -> dict[str, Any]:
-    """Value, low, high; a baseline without an answer has None."""
-    if not found or found.get("value") is None:
+def _paired(material: Material) -> str:
+    """Artefacts against fp32 on the same queries, from `accuracy_comparison` lines."""
+    body = []
+    for line in material.lines:
+        if line["kind"] == "accuracy_comparison":
+            for test in line["figures"]["tests"]:
+                if test["k"] == 5 and test["direction"] == "text_to_image" and test["split"] in (*OPEN, "all"):
+                    tone = {"better": "good", "worse": "bad"}.get(test["verdict"], "plain")
+                    change = f'{test["difference"]:+.4f}<span class="interval">{test["low"]:+.4f} to {test["high"]:+.4f}</span>'
+                    cells = [markup.badge(test["verdict"], tone), markup.text(line["figures"]["reference"]), SPLIT_TITLES.get(test["split"], test["split"])]
+                    body.append([markup.text(line["figures"]["candidate"]), *cells, change, f"{test['p']:.2g}"])
+    if not body:
+        return ""
+    heads = ["Candidate", "is", "against", "split", "recall@5 change", "p"]
+    return markup.table("Paired tests on the same queries (95 % interval, exact McNemar p)", heads, body, textual=(1, 2, 3))
+
+
+def _answers(row: dict[str, Any]) -> bool:
+    """Whether a row has any answer: a lookup that knows none of the queries has recall 0, but what is to be read is that it is silent."""
+    return row.get("answered") != 0 and bool(row.get("recall@5")) and row["recall@5"].get("value") is not None
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    return markup.recall(row.get(name) if _answers(row) else None)
+
+
+def _interval(row: dict[str, Any]) -> dict[str, Any]:
+    """Value, low and high of recall@5; None where there is no answer."""
+    if not _answers(row):
         return {"value": None, "low": None, "high": None}
-    return {"value": found["value"], "low": found.get("low") or found["value"], "high": found.get("high") or found["value"]}
+    found = row["recall@5"]
+    return {name: found["value"] if found.get(name) is None else found[name] for name in ("value", "low", "high")}
 
 
 def cost(material: Material) -> str:
@@ -97,10 +132,10 @@ def cost(material: Material) -> str:
     rows = [row for row in material.tables.get("rows", []) if row["direction"] == "text_to_image"]
     split = "trained" if any(row["split"] == "trained" for row in rows) else (rows[0]["split"] if rows else "")
     held = {row["model"]: row for row in rows if row["split"] == "held_out"}
-    chosen = [row for row in rows if row["split"] == split and _interval(row.get("recall@5"))["value"] is not None]
+    chosen = [row for row in rows if row["split"] == split and _answers(row)]
     timed, sized = [], []
     for row in chosen:
-        point = {"model": row["model"], "kind": row["kind"], **_interval(row["recall@5"])}
+        point = {"model": row["model"], "kind": row["kind"], **_interval(row)}
         if row.get("image_ms") and row.get("text_ms"):
             timed.append({**point, "x": row["image_ms"] + row["text_ms"]})
         if row.get("megabytes"):
@@ -115,8 +150,8 @@ def cost(material: Material) -> str:
     body = [
         [
             markup.dot(row["kind"]) + markup.text(row["model"]),
-            markup.recall(held.get(row["model"], {}).get("recall@5")),
-            markup.recall(row.get("recall@5")),
+            _cell(held[row["model"]], "recall@5") if row["model"] in held else markup.DASH,
+            _cell(row, "recall@5"),
             markup.cosine(row.get("parity_cosine_min")),
             markup.number(row.get("image_ms")),
             markup.number(row.get("text_ms")),
@@ -171,7 +206,7 @@ def _phases(name: str, lines: list[Line], material: Material) -> str:
     for row in material.lines:
         if row["kind"] == "cold_start" and (row["bundle"] or {}).get("name") == name:
             cells = [markup.number(row["summary"][p] / 1e6) for p in ("p50", "p90", "p99", "mean", "mad")]
-            body.append(["cold start: import, load, first embedding", *cells, str(row["summary"]["n"]), markup.DASH, markup.DASH])
+            body.append([markup.text(_label(row)), *cells, str(row["summary"]["n"]), markup.DASH, markup.DASH])
     heads = ["Phase", "p50, ms", "p90, ms", "p99, ms", "mean, ms", "MAD, ms", "samples", "drift", "of GEMM peak"]
     return f'<div class="two">{"".join(drawn)}</div>' + markup.table(f"Latency of {name}, milliseconds", heads, body)
 

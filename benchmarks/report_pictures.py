@@ -8,44 +8,97 @@ from typing import Any
 from . import charts, markup
 from .gather import Material, Picture
 
+SHOWN = 8
+"""Retrieval examples that are not folded away."""
 NOISE = {"swapped": "another picture’s caption", "generic": "a bare tag"}
 
 HEADLINES = {
-    "recall5_student": "recall@5 of the reinforced student, unseen drawing style",
-    "recall5_plain": "recall@5 of the same student without reinforcement",
-    "recall5_teacher": "recall@5 of its teachers together",
-    "recall5_student_held_out": "recall@5 of the student, concepts held out of training",
-    "recall5_plain_held_out": "recall@5 of the plain student, concepts held out of training",
-    "cold_start_seconds": "cold start: import, load, first embedding",
-    "bundle_megabytes": "size of both towers on the device",
-    "image_ms": "image tower, median",
-    "text_ms": "text tower, median",
+    "recall5_student_trained": "recall@5 of the reinforced student in a drawing style it never saw",
+    "recall5_plain_trained": "recall@5 of the same student trained without reinforcement",
+    "recall5_ensemble_trained": "recall@5 of its teachers together",
+    "recall5_student_held_out": "recall@5 of the student on concepts held out of training",
+    "recall5_plain_held_out": "recall@5 of the plain student on concepts held out of training",
+    "search_hits_of_20": "of 20 everyday queries find their picture in the top five",
+    "bundle_megabytes": "both towers, fp32, on the device",
+    "image_tower_ms": "image tower, median, one thread",
+    "cold_start_seconds": "from a fresh process to the first embedding",
 }
+"""Figures that become tiles, in this order; all others go into a folded table."""
 SPLITS = {"held_out": "held out of training", "trained": "trained concept"}
 
 
-def tiles(headline: dict[str, Any]) -> str:
-    """The headline figures. Values are numbers, texts, or objects with value, low and high; the unit follows from the end of the name."""
+def headline(material: Material) -> dict[str, Any]:
+    """The run's headline, and what the results and bundles say where it is silent."""
+    found = dict(material.tables.get("headline") or {})
+    manifest = material.manifests.get("bundle")
+    if manifest and "bundle_megabytes" not in found:
+        sizes = {a["tower"]: a["bytes"] for a in manifest["artefacts"] if (a["target"], a["precision"], a["status"], a["batch"]) == ("onnx", "fp32", "proven", "dynamic")}
+        if len(sizes) == 2:
+            found["bundle_megabytes"] = sum(sizes.values()) / 1e6
+    name = (manifest or {}).get("name")
+    own = [row for row in material.lines if name is None or (row["bundle"] or {}).get("name") == name]
+    towers = [row["summary"]["p50"] / 1e6 for row in own if row["kind"] == "latency" and row["phase"] == "image_tower"]
+    if towers:
+        found.setdefault("image_tower_ms", min(towers))
+    starts = [row["summary"]["p50"] / 1e9 for row in own if row["kind"] == "cold_start"]
+    if starts:
+        found.setdefault("cold_start_seconds", max(starts))
+    return found
+
+
+def tiles(found: dict[str, Any]) -> str:
+    """The headline figures as tiles. A value is a number, a text, or an object with value, low and high; `NAME_low` and `NAME_high` beside NAME
+    are its interval, and the unit follows from the end of the name. Without any known name the first six become tiles.
+    """
+    parts = {name for name in found if name.endswith(("_low", "_high")) and name.rsplit("_", 1)[0] in found}
+    known = [name for name in HEADLINES if name in found] or [name for name in found if name not in parts][:6]
     cells = []
-    for name, value in headline.items():
+    for name in known:
+        value, low, high = _triple(found, name)
+        interval = f'<span class="interval">95 %: {low:.2f} to {high:.2f}</span>' if low is not None and high is not None else ""
         label = HEADLINES.get(name) or name.replace("_", " ")
-        interval = ""
-        if isinstance(value, dict):
-            if value.get("low") is not None and value.get("high") is not None:
-                interval = f'<span class="interval">{value["low"]:.2f} to {value["high"]:.2f}</span>'
-            value = value.get("value")
         cells.append(f'<li><span class="figure">{_figure(name, value)}</span>{interval}<span class="name">{markup.text(label)}</span></li>')
     return f'<ul class="tiles">{"".join(cells)}</ul>' if cells else ""
 
 
+def figures(found: dict[str, Any]) -> str:
+    """Every headline figure by its name in summary.json, folded away."""
+    parts = {name for name in found if name.endswith(("_low", "_high")) and name.rsplit("_", 1)[0] in found}
+    rows = []
+    for name in found:
+        if name not in parts:
+            value, low, high = _triple(found, name)
+            interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
+            rows.append([f"<code>{markup.text(name)}</code>", _figure(name, value), interval])
+    if not rows:
+        return ""
+    inner = markup.table("Figures of the run by name", ["Name", "value", "95 % interval"], rows)
+    return f"<details><summary>All {len(rows)} figures by name</summary>{inner}</details>"
+
+
+def _triple(found: dict[str, Any], name: str) -> tuple[Any, float | None, float | None]:
+    value = found[name]
+    if isinstance(value, dict):
+        return value.get("value"), value.get("low"), value.get("high")
+    return value, found.get(f"{name}_low"), found.get(f"{name}_high")
+
+
 def _figure(name: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return markup.text(markup.DASH if value is None else {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value)
+    if value is None:
+        return markup.DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return markup.text(value if len(str(value)) <= 40 else f"{str(value)[:16]}…")
     for ending, unit in (("_seconds", " s"), ("_ms", " ms"), ("_megabytes", " MB"), ("_mb", " MB"), ("_gib", " GiB"), ("_ratio", "×"), ("_minutes", " min")):
         if name.endswith(ending):
             return markup.number(value) + unit
-    if name.startswith("recall") or "cosine" in name:
-        return f"{value:.2f}" if name.startswith("recall") else markup.cosine(value)
+    if name.endswith("_p"):
+        return f"{value:.2g}"
+    if name.startswith("recall"):
+        return f"{value:.2f}"
+    if "cosine" in name:
+        return markup.cosine(value)
     return f"{value:,}" if isinstance(value, int) else markup.number(value)
 
 
@@ -118,7 +171,7 @@ def training(material: Material) -> str:
             points, "loss", f"Training loss of {name} over the samples seen; it ends at {last['loss']:.3f} after {last['samples']:,.0f} samples"
         )
         parts.append(markup.chart(drawn, name, f"({note})"))
-    intro = "<p>Each student saw the same pairs equally often. Their losses have different terms, so compare shapes, not heights; the recall tables below are what compares them.</p>"
+    intro = "<p>Each student saw the same pairs equally often. Their losses have different terms, so compare shapes, not heights; the recall tables are what compares them.</p>"
     return intro + f'<div class="two">{"".join(parts)}</div>' if parts else ""
 
 
@@ -152,12 +205,13 @@ def _smooth(rows: Sequence[dict[str, Any]], points: int = 120) -> list[dict[str,
 
 def retrieval(material: Material) -> str:
     """Queries with the picture they mean and the five that were found."""
-    cells = []
+    cells, found_in = [], 0
     for example in material.tables.get("examples", []):
-        target = material.pictures.get(example.get("target_key", ""))
+        target = material.pictures.get(example.get("target_key") or "")
         query = str(example.get("query", ""))
         split = SPLITS.get(str(example.get("split", "")), str(example.get("split", "")))
         right = next((place for place, result in enumerate(example.get("results", []), 1) if result.get("right")), None)
+        found_in += right is not None
         verdict = markup.badge(f"found at place {right}", "good") if right else markup.badge("not among the five", "bad")
         hits = [f'<div class="hit target"><span class="frame">{image(target, f"the picture that is meant: {query}")}</span><b>meant</b></div>']
         for place, result in enumerate(example.get("results", [])[:5], 1):
@@ -177,5 +231,7 @@ def retrieval(material: Material) -> str:
         return ""
     return (
         "<p>Each text was asked for among all test pictures. Left: the picture that is meant. Then the five nearest, with their cosine. "
-        f'A solid green frame (✓) is right, a dashed red one (✗) is wrong.</p><div class="examples">{"".join(cells)}</div>'
+        "A solid green frame (✓) is right, a dashed red one (✗) is wrong. "
+        f'{found_in} of {len(cells)} find their picture among the five.</p><div class="examples">{"".join(cells[:SHOWN])}</div>'
+        + (f'<details><summary>The other {len(cells) - SHOWN}</summary><div class="examples">{"".join(cells[SHOWN:])}</div></details>' if len(cells) > SHOWN else "")
     )
