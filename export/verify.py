@@ -48,7 +48,7 @@ class Thresholds:
 THRESHOLDS: dict[str, Thresholds] = {
     "fp32": Thresholds(cosine_min=0.99999, cosine_mean=0.99999, rank_agreement=0.98, recall1_change=-0.02),
     "fp16": Thresholds(cosine_min=0.999, cosine_mean=0.999, rank_agreement=0.9, recall1_change=-0.02),
-    "int8": Thresholds(cosine_min=0.9, cosine_mean=0.98, rank_agreement=0.8, recall1_change=-0.02),
+    "int8": Thresholds(cosine_min=0.9, cosine_mean=0.98, rank_agreement=0.75, recall1_change=-0.02),
 }
 
 

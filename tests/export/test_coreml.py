@@ -96,7 +96,7 @@ def test_clamps_with_one_integer_bound_convert(tmp_path):
     np.testing.assert_allclose(evaluate(program, pixels), expected / expected.norm(), atol=2e-3)
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
 def test_sample_teachers_form_converts(tower, tmp_path, samples):
     """Asymmetric padding, ReLU6, a padding mask, mean pooling, post-norm: what the pocket model has none of."""
     model = teacher_like()
