@@ -174,7 +174,8 @@ def _timed(
 
 def _figures(config: BenchConfig, subject: Subject, artefact: Any, phase: str, cosines: dict[str, float], peak: dict[str, float]) -> dict[str, Any]:
     """Facts beside a tower's times: bytes, golden cosine, operations, and the machine's peak, measured anew when the file had it already."""
-    figures: dict[str, Any] = {"tower": artefact.tower, "precision": artefact.precision, "batch": artefact.batch, "bytes": artefact.bytes, "golden_cosine_min": cosines.get(artefact.id)}
+    figures: dict[str, Any] = {name: getattr(artefact, name) for name in ("tower", "precision", "batch", "bytes")}
+    figures["golden_cosine_min"] = cosines.get(artefact.id)
     if phase.endswith("_tower") and artefact.target == "onnx":
         if not peak:
             peak.update(run_child(["peak", "--threads", str(config.threads)]))

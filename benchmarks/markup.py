@@ -55,21 +55,22 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, textual: Sequence[int] = (), wrap: Sequence[int] = ()) -> str:
-    """A table whose cells are ready HTML; the first column holds the row headers. `textual` columns are left-aligned, `wrap` ones may break."""
+def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, textual: Sequence[int] = ()) -> str:
+    """A table whose cells are ready HTML; the first column holds the row headers. `textual` columns are left-aligned."""
 
     def kind(column: int) -> str:
-        return ' class="wrap"' if column in wrap else ' class="text"' if column in textual else ""
+        return ' class="text"' if column in textual else ""
 
     head = "".join(
-        f'<th scope="col"{" class=text" if column == 0 or column in textual or column in wrap else ""}>{title}</th>' for column, title in enumerate(heads)
+        f'<th scope="col"{" class=text" if column == 0 or column in textual else ""}>{title}</th>' for column, title in enumerate(heads)
     )
     body = "".join(
         "<tr>" + "".join(f'<th scope="row">{cell}</th>' if column == 0 else f"<td{kind(column)}>{cell}</td>" for column, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     # a table that scrolls sideways must be reachable by keyboard
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    inner = f"<table><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}">{inner}</div>'
 
 
 def chart(svg: str, title: str, note: str = "") -> str:

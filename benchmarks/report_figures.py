@@ -26,8 +26,8 @@ PHASES = {
     "text_tower": "text tower",
     "end_to_end_image": "JPEG to embedding",
     "end_to_end_text": "string to embedding",
-    "cold_start_image": "cold start to the first picture’s embedding",
-    "cold_start_text": "cold start to the first text’s embedding",
+    "cold_start_image": "cold start, first picture",
+    "cold_start_text": "cold start, first text",
 }
 CHARTED = ("held_out", "trained")
 OPEN = ("held_out", "trained", "stamps")
@@ -176,7 +176,8 @@ def latency(material: Material) -> str:
         parts.append(_phases(name, own, material))
     parts += [_comparisons(material), _memory(material), _peak(material)]
     threads = sorted({row["settings"].get("threads") for row in lines if row["settings"].get("threads")})
-    intro = f"<p>One picture or one text at a time, {' and '.join(map(str, threads)) or 'one'} thread{'s' if threads not in ([1], []) else ''}, warm. Every kept sample is in the results file.</p>"
+    counts = f"{' and '.join(map(str, threads)) or 'one'} thread{'' if threads in ([1], []) else 's'}"
+    intro = f"<p>One picture or one text at a time, {counts}, warm. Every kept sample is in the results file.</p>"
     return intro + "".join(part for part in parts if part)
 
 
@@ -271,21 +272,21 @@ def parity(material: Material) -> str:
             proven = artefact.get("status") == "proven"
             body.append(
                 [
-                    markup.text(artefact.get("id", "")),
+                    markup.text(artefact.get("id", "")) + (f'<span class="why">{markup.text(artefact["reason"])}</span>' if artefact.get("reason") else ""),
                     markup.badge("proven", "good") if proven else markup.badge("refused", "bad"),
                     *(markup.cosine(found.get(key)) for key in ("cosine_min", "cosine_p1", "cosine_mean")),
                     markup.DASH if found.get("max_abs") is None else f"{found['max_abs']:.1e}",
                     markup.number(found.get("rank_agreement"), 4),
                     markup.DASH if found.get("recall1_change") is None else f"{found['recall1_change']:+.4f}",
                     markup.megabytes(artefact.get("bytes")),
-                    markup.text(artefact.get("reason") or ""),
                 ]
             )
-        heads = ["Artefact", "verdict", "least cosine", "1st percentile", "mean", "largest difference", "rank agreement", "recall@1 change", "MB", "reason"]
-        parts.append(markup.table(f"{manifest.get('name', name)}: exported artefacts against their checkpoint", heads, body, textual=(1,), wrap=(9,)))
+        heads = ["Artefact", "verdict", "least cosine", "1st percentile", "mean", "largest difference", "rank agreement", "recall@1 change", "MB"]
+        parts.append(markup.table(f"{manifest.get('name', name)}: exported artefacts against their checkpoint", heads, body, textual=(1,)))
     if not parts:
         return ""
     return (
-        "<p>An exported file is only shipped when its embeddings agree with the checkpoint’s on pictures and texts it was not tuned on. Otherwise it is refused, and the reason is kept.</p>"
+        "<p>An exported file is only shipped when its embeddings agree with the checkpoint’s on pictures and texts it was not tuned on. "
+        "Otherwise it is refused, and the reason is kept.</p>"
         + "".join(parts)
     )
