@@ -54,7 +54,7 @@ def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
     """Every model of a run, by the name that the tables give it; opened when called."""
     import runtime
     from distill.evaluate import EnsembleEncoder, open_encoder
-    from distill.teachers import open_teacher
+    from distill.ensemble import open_teacher
 
     def teacher(name: str) -> Encoder:
         return open_teacher(str(out / "teachers" / name))
@@ -154,7 +154,7 @@ def _write(out: Path, name: str, result: dict[str, Any]) -> None:
 
 def load_evaluations(out: Path) -> dict[str, dict[str, Any]]:
     """Every evaluated model's result, in the order of the tables."""
-    order = ["thumbnail lookup", "lite0 feature lookup", *(name for group in GROUPS.values() for name in group if name != "baselines")]
+    order = ["thumbnail lookup", "lite0 feature lookup", "thumbnail lookup, clean", "lite0 lookup, clean", *(name for group in GROUPS.values() for name in group if name != "baselines")]
     return {name: json.loads(evaluation_path(out, name).read_text(encoding="utf-8")) for name in order if evaluation_path(out, name).exists()}
 
 
@@ -220,6 +220,7 @@ def headline(out: Path, found: dict[str, dict[str, Any]], examples: dict[str, An
         ("student", "student, reinforced"), ("plain", "student, plain"), ("ensemble", "teacher ensemble"), ("pruned", "student, pruned 25 %"),
         ("bundle_fp32", "bundle fp32"), ("bundle_int8", "bundle int8"), ("coreml", "bundle Core ML fp16"),
         ("thumbnail_lookup", "thumbnail lookup"), ("feature_lookup", "lite0 feature lookup"),
+        ("thumbnail_lookup_clean", "thumbnail lookup, clean"), ("feature_lookup_clean", "lite0 lookup, clean"),
         ("sample_teacher_fp32", "sample teacher fp32"), ("sample_teacher_int8", "sample teacher int8"),
     ):  # fmt: skip
         if name in found:
@@ -253,10 +254,10 @@ def text_int8(manifest: dict[str, Any], key: str) -> dict[str, Any]:
     towers = {a["precision"]: a for a in manifest["artefacts"] if a["tower"] == "text" and a["target"] == "onnx" and a["batch"] == "dynamic" and a["path"]}
     if not {"fp32", "int8"} <= towers.keys():
         return {}
-    latency = towers["int8"]["latency"] or {}
+    ratio = (towers["int8"]["latency"] or {}).get("ratio_to_fp32", {})
     return {
         f"{key}_text_int8_size_ratio": round(towers["int8"]["bytes"] / towers["fp32"]["bytes"], 3),
-        **({f"{key}_text_int8_latency_ratio": round(latency["ratio"], 3)} if "ratio" in latency else {}),
+        **{f"{key}_text_int8_latency_ratio_{name}": round(ratio[name], 3) for name in ("median", "low", "high") if name in ratio},
     }
 
 
