@@ -142,7 +142,7 @@ def latency_bars(rows: Sequence[dict[str, Any]], title: str) -> str:
     order = [row["label"] for row in rows]
     values = [{**row, "text": _milliseconds(row["p50"])} for row in rows]
     scale = alt.Scale(domain=[0, max(row["p99"] for row in rows) * 1.22], nice=False)
-    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=200, ticks=False, domain=False, labelPadding=8, grid=False))
+    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=260, ticks=False, domain=False, labelPadding=8, grid=False))
     base = alt.Chart(alt.Data(values=values))
     layers = [
         base.mark_bar(height=16, cornerRadiusEnd=3, fill=f"var(--s1-{tint})").encode(

@@ -190,7 +190,7 @@ def _phases(name: str, lines: list[Line], material: Material) -> str:
             "p50 (number and full bar), p90, p99 (paler)",
         )
     ]
-    towers = [row for row in lines if row["phase"] in ("image_tower", "text_tower")][:2]
+    towers = [row for phase in ("image_tower", "text_tower") for row in [row for row in lines if row["phase"] == phase][:1]]
     if towers:
         strips = "".join(
             f"<h3>{markup.text(_label(row))}</h3>"

@@ -150,11 +150,12 @@ def training(material: Material) -> str:
             value = _validation(row)
             if value is not None:
                 validation.append({"samples": row["samples"], "value": value, "series": name})
-    rates = {name: _rate(rows) for name, rows in material.curves.items()}
+    pairs = {name: [row for row in rows if row.get("phase") != "text"] or rows for name, rows in material.curves.items()}
+    rates = {name: _rate(rows) for name, rows in pairs.items()}
     if validation:
         drawn = charts.curves(validation, "recall@5, validation style", "Validation recall at 5 over the samples seen, a line for each training", zero=True)
-        parts.append(markup.chart(drawn, "Validation recall@5", "(a third drawing style, never reported on)"))
-    for name, rows in material.curves.items():
+        parts.append(markup.chart(drawn, "Validation recall@5", "(another drawing style, used for choices only)"))
+    for name, rows in pairs.items():
         kept = _smooth(rows)
         terms = sorted({term for row in kept for term in (row.get("loss_terms") or {})})
         points = [{"samples": row["samples"], "value": row["loss"], "series": "loss"} for row in kept]
@@ -167,6 +168,7 @@ def training(material: Material) -> str:
             ]
         last = rows[-1]
         note = f"{last['samples']:,.0f} samples" + (f" at {rates[name]:,.0f} a second" if rates[name] else "")
+        note += "; before it, the text tower alone on texts" if len(rows) < len(material.curves[name]) else ""
         drawn = charts.curves(
             points, "loss", f"Training loss of {name} over the samples seen; it ends at {last['loss']:.3f} after {last['samples']:,.0f} samples"
         )
@@ -177,7 +179,8 @@ def training(material: Material) -> str:
 
 def _validation(row: dict[str, Any]) -> float | None:
     found = row.get("validation")
-    value = found.get("recall@5") if isinstance(found, dict) else None
+    names = ("recall@5_trained", "recall@5_all", "recall@5")
+    value = next((found[name] for name in names if name in found), None) if isinstance(found, dict) else None
     value = value.get("value") if isinstance(value, dict) else value
     return float(value) if isinstance(value, int | float) else None
 

@@ -181,6 +181,13 @@ def test_results_alone_make_a_report(run_folder: Path, tmp_path: Path, capsys: p
     assert "10 sections" in capsys.readouterr().out
 
 
+def test_training_curves(page: Page) -> None:
+    names = [str(svg["aria-label"]) for svg in page.all("svg")]
+    assert any(name.startswith("Validation recall at 5") for name in names)
+    assert any("Training loss of student" in name and "248,320 samples" in name for name in names)
+    assert "before it, the text tower alone on texts" in page.text
+
+
 def test_a_killed_trainings_torn_line_is_left_out(run_folder: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     with (run / "ckpt/student/metrics.jsonl").open("a", encoding="utf-8") as file:
