@@ -92,6 +92,7 @@ class Run:
     model: ImageTextModel
     average: ImageTextModel
     optimizer: torch.optim.AdamW
+    averaging: Average
     step: int = 0
     """Steps done, the text-only ones first."""
     seconds: float = 0.0
@@ -135,7 +136,8 @@ def train(config: TrainConfig) -> Path:
         steps=math.ceil(recipe.text_samples / (2 * recipe.batch_size)) + math.ceil(config.samples / recipe.batch_size),
         batch_size=recipe.batch_size,
     )
-    run = Run(model=model, average=_copy(model), optimizer=_optimizer(model, recipe))
+    average = _copy(model)
+    run = Run(model=model, average=average, optimizer=_optimizer(model, recipe), averaging=Average(average, model))
     _restore(run, out, fingerprint)
     _loop(run, plan, recipe, config, data, store, out, fingerprint)
     figures = {"samples": plan.samples(plan.steps), "steps": plan.steps, "seconds": round(run.seconds, 1), "unreadable": data.unreadable}
@@ -207,7 +209,7 @@ def _step(
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
-    update_average(run.average, run.model, min(recipe.ema_decay, (1 + run.step) / (10 + run.step)))
+    run.averaging.update(min(recipe.ema_decay, (1 + run.step) / (10 + run.step)))
     ended = time.perf_counter()
     for name, seconds in (("data", loaded - began), ("model", modelled - loaded), ("optimizer", ended - modelled)):
         clock[name] += seconds
@@ -245,14 +247,23 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-@torch.no_grad()
-def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model, BatchNorm statistics included; counters are copied."""
-    ours, theirs = average.state_dict(), model.state_dict()
-    floating = [name for name in ours if ours[name].is_floating_point()]
-    torch._foreach_lerp_([ours[name] for name in floating], [theirs[name] for name in floating], 1 - decay)
-    for name in ours.keys() - set(floating):
-        ours[name].copy_(theirs[name])
+class Average:
+    """average = decay * average + (1 - decay) * model, BatchNorm statistics included; counters are copied.
+
+    The tensors of both are looked up once: for a small model, walking its modules takes longer than the arithmetic.
+    """
+
+    def __init__(self, average: torch.nn.Module, model: torch.nn.Module) -> None:
+        ours, theirs = average.state_dict(), model.state_dict()
+        floating = [name for name in ours if ours[name].is_floating_point()]
+        self.ours, self.theirs = [ours[name] for name in floating], [theirs[name] for name in floating]
+        self.counters = [(ours[name], theirs[name]) for name in ours.keys() - set(floating)]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(self.ours, self.theirs, 1 - decay)
+        for ours, theirs in self.counters:
+            ours.copy_(theirs)
 
 
 def _text_batch(data: ReinforcedPairs, step: int, size: int) -> Batch:
@@ -303,7 +314,10 @@ def _make_model(config: TrainConfig, out: Path) -> tuple[ImageTextModel, Path]:
 
 def _tokenizer(config: ModelConfig, path: Path) -> Tokenizer:
     if config.text.mask == "none":
-        raise RecipeError(f"model '{config.name}' lets padding take part in attention (mask 'none'); training cuts texts to the longest of a batch and needs mask 'causal' or 'pad'")
+        raise RecipeError(
+            f"model '{config.name}' lets padding take part in attention (mask 'none'); training cuts texts to the longest of a batch and needs "
+            "mask 'causal' or 'pad'"
+        )
     return open_tokenizer(path.parent, config)
 
 
@@ -317,7 +331,7 @@ def _optimizer(model: ImageTextModel, recipe: Recipe) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, foreach=True)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def _fingerprint(config: TrainConfig, recipe: Recipe, store: Store) -> str:
@@ -348,7 +362,9 @@ def finished(out: Path, fingerprint: str | None = None) -> bool:
         return False
     found = json.loads(receipt.read_text(encoding="utf-8")).get("fingerprint")
     if fingerprint is not None and found != fingerprint:
-        raise TrainingError(f"'{out}' holds a checkpoint that was trained with other settings or data; choose another --out, or remove the folder to train again")
+        raise TrainingError(
+            f"'{out}' holds a checkpoint that was trained with other settings or data; choose another --out, or remove the folder to train again"
+        )
     return True
 
 

@@ -143,7 +143,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "pocket_s": ModelConfig(
         name="pocket_s", embed_dim=256, licence=_OURS,
-        image=ImageConfig(backbone="pocket", backbone_args={"dims": [24, 48, 160], "depths": [0, 1, 2], "mlp_ratio": 2.0}, image_size=64),
+        image=ImageConfig(backbone="pocket", backbone_args={"dims": [24, 48, 160], "depths": [0, 1, 1], "mlp_ratio": 2.0}, image_size=64),
         text=TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal"),
     ),
     "pocket_m": ModelConfig(

@@ -36,11 +36,11 @@ class DemoConfig:
 
     @property
     def concepts(self) -> int | None:
-        return 160 if self.quick else None
+        return 96 if self.quick else None
 
     @property
     def samples(self) -> int:
-        return 6_400 if self.quick else 250_000
+        return 3_200 if self.quick else 250_000
 
     @property
     def recover_samples(self) -> int:
@@ -112,7 +112,8 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     seed = ["--seed", str(config.seed)]
     slice_ = ["--concepts", str(config.concepts)] if config.concepts else []
     stages.run("sample", [["mobileclip.cli", "sample", "emoji", str(place.out / "pairs"), "--web-noise", "0.5", *slice_, *seed]], outputs=[place.out / "pairs/sample.json"])
-    _stamps(place, stages)
+    if not config.quick:
+        _stamps(place, stages)
     receipt = [place.out / "pairs/sample.json"]
     stages.run(
         "teachers",
@@ -136,24 +137,33 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
         [["mobileclip.cli", "train", *data, "--out", str(out), "--recipe", recipe] for out, recipe in ((place.student, "reinforced"), (place.plain, "plain"))],
         inputs=index, outputs=[place.student / "receipt.json", place.plain / "receipt.json"],
     )  # fmt: skip
+    projectors_224 = [
+        "distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224",
+        "--validation", str(place.validation), *seed,
+    ]  # fmt: skip
     # The student loses a quarter of its feed-forward widths on one core while the sample teacher learns its larger input on the other.
     stages.run(
         "compress",
         [
             ["mobileclip.cli", "compress", str(place.student), str(place.pruned), "--calibrate", str(place.train), "--store", str(place.store),
              "--validation", str(place.validation), "--recover-samples", str(config.recover_samples), *seed],
-            ["distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--validation", str(place.validation), *seed],
+            projectors_224,
         ],
         inputs=[*index, place.student / "receipt.json"], outputs=[place.pruned / "receipt.json", place.teacher_checkpoint / "receipt.json"],
     )  # fmt: skip
-    for name, checkpoint, bundle, samples in (("export", place.pruned, place.bundle, "256"), ("export-teacher", place.teacher_checkpoint, place.teacher_bundle, "128")):
-        # One after the other: int8 is kept or refused by its measured time, which a neighbour on the other core would blur.
-        stages.run(
-            name,
-            [["mobileclip.cli", "export", str(checkpoint), str(bundle), "--pairs", str(place.validation), "--target", "onnx,coreml,tensorrt",
-              "--precision", "fp32,fp16,int8", "--samples", samples, *seed]],
-            inputs=[checkpoint / "receipt.json"], outputs=[bundle / "manifest.json"],
-        )  # fmt: skip
+    # Side by side: the exporter times int8 against fp32 in strict turns, so that a neighbour on the other core meets both alike.
+    common = ["--pairs", str(place.validation), "--precision", "fp32,fp16,int8", *seed]
+    everything = ["--target", "onnx,coreml,tensorrt"]
+    stages.run(
+        "export",
+        [
+            ["mobileclip.cli", "export", str(place.pruned), str(place.bundle), "--samples", "256", *everything, *common],
+            ["mobileclip.cli", "export", str(place.teacher_checkpoint), str(place.teacher_bundle), "--samples", "48" if config.quick else "128",
+             *(["--target", "onnx"] if config.quick else everything), *common],
+        ],
+        inputs=[place.pruned / "receipt.json", place.teacher_checkpoint / "receipt.json"],
+        outputs=[place.bundle / "manifest.json", place.teacher_bundle / "manifest.json"],
+    )  # fmt: skip
 
 
 def _stamps(place: Layout, stages: Stages) -> None:
@@ -177,12 +187,16 @@ def _measure(config: DemoConfig, place: Layout, stages: Stages) -> dict[str, Any
         [["benchmarks.suites.figures", str(place.out), group] for group in figures.GROUPS],
         inputs=made, outputs=[figures.evaluation_path(place.out, "student, reinforced")],
     )  # fmt: skip
-    seconds = "1" if config.quick else "4"
+    seconds = "0.3" if config.quick else "3"
     for name, bundle, results in (("bench", place.bundle, place.results), ("bench-teacher", place.teacher_bundle, place.teacher_results)):
         stages.run(name, [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds]], inputs=[bundle / "manifest.json"], outputs=[results])
     tables, summary = figures.tables(place, stages.seconds())
     _write_json(place.tables, tables)
-    stages.run("report", [["mobileclip.cli", "report", str(place.results), "--run", str(place.out), "-o", str(place.report)]], inputs=[place.tables], outputs=[place.report])
+    stages.run(
+        "report",
+        [["mobileclip.cli", "report", str(place.results), str(place.teacher_results), "--run", str(place.out), "-o", str(place.report)]],
+        inputs=[place.tables, place.results, place.teacher_results], outputs=[place.report],
+    )  # fmt: skip
     _say(figures.as_text(tables))
     return summary
 

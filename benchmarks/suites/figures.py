@@ -53,8 +53,8 @@ out of training."""
 def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
     """Every model of a run, by the name that the tables give it; opened when called."""
     import runtime
-    from distill.evaluate import EnsembleEncoder, open_encoder
     from distill.ensemble import open_teacher
+    from distill.evaluate import EnsembleEncoder, open_encoder
 
     def teacher(name: str) -> Encoder:
         return open_teacher(str(out / "teachers" / name))
@@ -154,7 +154,8 @@ def _write(out: Path, name: str, result: dict[str, Any]) -> None:
 
 def load_evaluations(out: Path) -> dict[str, dict[str, Any]]:
     """Every evaluated model's result, in the order of the tables."""
-    order = ["thumbnail lookup", "lite0 feature lookup", "thumbnail lookup, clean", "lite0 lookup, clean", *(name for group in GROUPS.values() for name in group if name != "baselines")]
+    models = [name for group in GROUPS.values() for name in group if name != "baselines"]
+    order = ["thumbnail lookup", "lite0 feature lookup", "thumbnail lookup, clean", "lite0 lookup, clean", *models]
     return {name: json.loads(evaluation_path(out, name).read_text(encoding="utf-8")) for name in order if evaluation_path(out, name).exists()}
 
 
@@ -243,10 +244,20 @@ def headline(out: Path, found: dict[str, dict[str, Any]], examples: dict[str, An
     full, quantised = (summary.get(f"recall5_sample_teacher_{p}_trained") for p in ("fp32", "int8"))
     if full and quantised:
         summary["sample_teacher_int8_recall5_kept"] = round(quantised / full, 4)
+    summary.update(first_embedding(out))
     summary["gallery_pictures"] = found["student, reinforced"]["test"]["gallery"]["count"]
     summary["gallery_sha256"] = found["student, reinforced"]["test"]["gallery"]["sha256"]
     summary["search_hits_of_20"] = examples["hits"]
     return summary
+
+
+def first_embedding(out: Path) -> dict[str, float]:
+    """Seconds of a fresh process from its start to its first embedding, median of the starts that `mclip bench` measured."""
+    from benchmarks.results import read_results
+
+    phases = {"cold_start_image": "cold_start_image_seconds", "cold_start_text": "cold_start_text_seconds"}
+    found = [line for line in read_results(out / "results.jsonl") if line["kind"] == "cold_start"]
+    return {phases.get(line["phase"], f"{line['phase']}_seconds"): round(float(np.median(line["samples"])) / 1e9, 3) for line in found}
 
 
 def text_int8(manifest: dict[str, Any], key: str) -> dict[str, Any]:

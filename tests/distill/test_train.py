@@ -20,7 +20,7 @@ from distill import train as train_module
 from distill.dataset import ReinforcedPairs
 from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.store import open_store
-from distill.train import TrainConfig, learning_rate, train, update_average
+from distill.train import Average, TrainConfig, learning_rate, train
 from mobileclip.checkpoint import build_tokenizer
 from runtime.errors import RecipeError, StoreError, TrainingError
 from runtime.pairs import open_pairs
@@ -237,7 +237,7 @@ def test_average_is_a_running_mean_and_copies_counters():
         b.weight.fill_(3)
         b.running_mean.fill_(10)
     b.num_batches_tracked += 7
-    update_average(a, b, 0.75)
+    Average(a, b).update(0.75)
     assert a.weight.tolist() == [1.5, 1.5]
     assert a.running_mean.tolist() == [2.5, 2.5]
     assert a.num_batches_tracked == 7
