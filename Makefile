@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo demo-quick grid test test-all lint fix clean
+.PHONY: install demo demo-quick grid test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -33,7 +33,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m distill.fetch
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -m "not network"
+
+test-wheel: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_wheel.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

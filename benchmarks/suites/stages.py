@@ -145,6 +145,9 @@ def run_side_by_side(commands: Sequence[Sequence[str]], log: Path) -> None:
             stream.close()
         for reader in readers:
             reader.join(5)
+        for child, _ in children:
+            if child.stderr is not None:
+                child.stderr.close()
     if failed is not None:
         if failed.returncode in (130, -signal.SIGINT):
             raise KeyboardInterrupt
