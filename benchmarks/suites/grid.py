@@ -28,7 +28,7 @@ class GridConfig:
     out: str = "out/grid"
     samples: int = 25_600
     """Per cell."""
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     batch_sizes: tuple[int, ...] = (64, 128)
     recipes: tuple[str, ...] = ("plain", "reinforced")
     seed: int = 0
