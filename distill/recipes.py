@@ -33,7 +33,7 @@ class Recipe:
     caption_types: tuple[str, ...] = ("raw",)
     """Stored captions to draw from; an empty tuple draws any."""
     text_samples: int = 0
-    """Captions seen by the text tower alone, before the pairs: it learns the teachers' text embeddings (no pictures)."""
+    """Captions seen by the text tower alone, before the pairs: it learns the teachers' text embeddings (no pictures). They count as samples, and are at most a tenth of them."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or not 0 < self.learning_rate < 1 or not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
@@ -55,7 +55,7 @@ def plain() -> Recipe:
 
     No knowledge but the pairs themselves: the contrastive loss on the pair's own caption, as CLIP is trained.
     """
-    return Recipe()
+    return Recipe(batch_size=64, learning_rate=2e-3)
 
 
 def reinforced() -> Recipe:
@@ -63,7 +63,7 @@ def reinforced() -> Recipe:
 
     The stored ensemble does the teaching: features first, affinities and contrast beside them, all stored captions.
     """
-    return Recipe(contrastive=0.1, affinity=1.0, feature=8.0, caption_types=(), text_samples=20_000)
+    return Recipe(batch_size=64, learning_rate=4e-3, contrastive=0.1, affinity=1.0, feature=8.0, caption_types=(), text_samples=20_000)
 
 
 def recovery() -> Recipe:

@@ -64,7 +64,7 @@ class TrainConfig:
     init: str | None = None
     """A checkpoint folder to start from, instead of random weights."""
     samples: int = 250_000
-    """Pairs seen, the same one again counted again."""
+    """Pairs seen, the same one again counted again; captions read alone count as well."""
     seed: int = 0
     threads: int = 1
     """Torch threads. Small models gain more from a second process than from a second thread."""
@@ -106,9 +106,22 @@ class Plan:
     steps: int
     batch_size: int
 
-    def samples(self, step: int) -> int:
+    @classmethod
+    def of(cls, samples: int, recipe: Recipe) -> Plan:
+        """A caption read alone counts as a sample: two recipes given the same number of samples have read as much."""
+        text_steps = round(min(recipe.text_samples, samples // 10) / (2 * recipe.batch_size))
+        pair_steps = math.ceil((samples - 2 * text_steps * recipe.batch_size) / recipe.batch_size)
+        if samples < recipe.batch_size:
+            raise RecipeError(f"samples is {samples}, less than one batch of {recipe.batch_size}; ask for more samples or a smaller batch")
+        return cls(text_steps=text_steps, steps=text_steps + pair_steps, batch_size=recipe.batch_size)
+
+    def pairs(self, step: int) -> int:
         """Pairs seen after `step` steps."""
         return max(0, step - self.text_steps) * self.batch_size
+
+    def samples(self, step: int) -> int:
+        """Pairs and captions alone seen after `step` steps."""
+        return self.pairs(step) + min(step, self.text_steps) * 2 * self.batch_size
 
 
 def train(config: TrainConfig) -> Path:
@@ -120,8 +133,7 @@ def train(config: TrainConfig) -> Path:
     """
     torch.set_num_threads(config.threads)
     recipe = config.resolved_recipe()
-    if config.samples < recipe.batch_size:
-        raise RecipeError(f"samples is {config.samples}, less than one batch of {recipe.batch_size}; ask for more samples or a smaller batch")
+    plan = Plan.of(config.samples, recipe)
     pairs, store = open_pairs(config.pairs), open_store(config.store)
     out = Path(config.out)
     fingerprint = _fingerprint(config, recipe, store)
@@ -131,11 +143,6 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     model, tokenizer_path = _make_model(config, out)
     data = ReinforcedPairs(pairs, store, preprocess_config(model.config), _tokenizer(model.config, tokenizer_path), seed=config.seed, caption_types=recipe.caption_types or None)
-    plan = Plan(
-        text_steps=math.ceil(recipe.text_samples / (2 * recipe.batch_size)),
-        steps=math.ceil(recipe.text_samples / (2 * recipe.batch_size)) + math.ceil(config.samples / recipe.batch_size),
-        batch_size=recipe.batch_size,
-    )
     average = _copy(model)
     run = Run(model=model, average=average, optimizer=_optimizer(model, recipe), averaging=Average(average, model))
     _restore(run, out, fingerprint)
@@ -188,7 +195,7 @@ def _step(
     """One optimiser step; returns the loss terms, detached."""
     began = time.perf_counter()
     text_only = run.step < plan.text_steps
-    batch = _text_batch(data, run.step, 2 * plan.batch_size) if text_only else data.batch(plan.samples(run.step), plan.batch_size)
+    batch = _text_batch(data, run.step, 2 * plan.batch_size) if text_only else data.batch(plan.pairs(run.step), plan.batch_size)
     known = _teacher_embeddings(store, batch, images=not text_only) if recipe.reinforced else ([], [])
     loaded = time.perf_counter()
     run.model.train()

@@ -37,14 +37,14 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_pairs(root / "pairs")
     make_store(root / "store", root / "pairs")
-    recipe = dataclasses.asdict(dataclasses.replace(RECIPES["reinforced"](), batch_size=8, text_samples=32))
+    recipe = dataclasses.asdict(dataclasses.replace(RECIPES["reinforced"](), batch_size=8, text_samples=16))
     (root / "recipe.json").write_text(json.dumps(recipe))
     build_tokenizer(8192, root / "tokenizer.json")
     return root
 
 
 def config(world: Path, out: Path, **changes) -> TrainConfig:
-    base = TrainConfig(pairs=str(world / "pairs"), store=str(world / "store"), out=str(out), recipe=str(world / "recipe.json"), samples=96)
+    base = TrainConfig(pairs=str(world / "pairs"), store=str(world / "store"), out=str(out), recipe=str(world / "recipe.json"), samples=160)
     return dataclasses.replace(base, **changes)
 
 
@@ -161,7 +161,7 @@ def test_a_killed_process_continues_to_the_same_weights(world, straight, tmp_pat
 def test_other_settings_do_not_overwrite_a_run(world, straight, tmp_path, monkeypatch):
     before = (world / "straight" / "model.safetensors").read_bytes()
     with pytest.raises(TrainingError, match="trained with other settings"):
-        train(config(world, world / "straight", samples=104))
+        train(config(world, world / "straight", samples=168))
     assert (world / "straight" / "model.safetensors").read_bytes() == before
     real = train_module._step
     monkeypatch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(world, tmp_path, mo
         return {name: value * float("nan") for name, value in terms.items()} if len(calls) == 3 else terms
 
     monkeypatch.setattr(train_module, "pair_losses", poisoned)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 5; .* The batch holds s\d"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 4; .* The batch holds s\d"):
         train(config(world, tmp_path / "out", save_seconds=0.0))
     monkeypatch.setattr(train_module, "pair_losses", real)
     train(config(world, tmp_path / "out", save_seconds=0.0))
