@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 # Two OpenMP runtimes that spin on two cores slow each other down by an order of magnitude.
 export OMP_WAIT_POLICY := PASSIVE
@@ -15,8 +16,12 @@ install: $(STAMP)
 $(STAMP): pyproject.toml mobileclip/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[all]'
 	touch $(STAMP)
+
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[all,dev]'
+	touch $(DEV)
 
 demo: $(STAMP)
 	$(BIN)/mclip demo --out out/demo
@@ -27,22 +32,22 @@ demo-quick: $(STAMP)
 grid: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.grid --run out/demo --out out/grid
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m distill.fetch
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
-test-all: $(STAMP)
+test-all: $(DEV)
 	$(BIN)/python -m distill.fetch
 	$(BIN)/python -m pytest -q -n 2 -m "not network"
 
-test-wheel: $(STAMP)
+test-wheel: $(DEV)
 	$(BIN)/python -m pytest -q tests/test_wheel.py
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fix: $(STAMP)
+fix: $(DEV)
 	$(BIN)/ruff check --fix .
 
 clean:

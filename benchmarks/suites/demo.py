@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,11 +110,12 @@ def _claim(out: Path, config: DemoConfig) -> None:
 
 def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     """Stages that make things: data, teachers, store, students, bundles."""
+    photographs = threading.Thread(target=_stamps, args=(place, stages))
+    if not config.quick:
+        photographs.start()
     seed = ["--seed", str(config.seed)]
     slice_ = ["--concepts", str(config.concepts)] if config.concepts else []
     stages.run("sample", [["mobileclip.cli", "sample", "emoji", str(place.out / "pairs"), "--web-noise", "0.5", *slice_, *seed]], outputs=[place.out / "pairs/sample.json"])
-    if not config.quick:
-        _stamps(place, stages)
     receipt = [place.out / "pairs/sample.json"]
     stages.run(
         "teachers",
@@ -139,7 +141,7 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     )  # fmt: skip
     projectors_224 = [
         "distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224",
-        "--validation", str(place.validation), *seed,
+        *seed,
     ]  # fmt: skip
     # The student loses a quarter of its feed-forward widths on one core while the sample teacher learns its larger input on the other.
     stages.run(
@@ -164,10 +166,15 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
         inputs=[place.pruned / "receipt.json", place.teacher_checkpoint / "receipt.json"],
         outputs=[place.bundle / "manifest.json", place.teacher_bundle / "manifest.json"],
     )  # fmt: skip
+    if photographs.is_alive():
+        photographs.join()
 
 
 def _stamps(place: Layout, stages: Stages) -> None:
-    """Photographs for zero-shot evaluation, where Debian's packages are to be had; the demo goes on without them."""
+    """Photographs for zero-shot evaluation, where Debian's packages are to be had; the demo goes on without them.
+
+    They wait mostly for a download, so they are fetched beside the stages that compute.
+    """
     if shutil.which("apt-get") is None:
         _say("[demo] stamps: left out, apt-get is not on this machine")
         return
@@ -187,8 +194,10 @@ def _measure(config: DemoConfig, place: Layout, stages: Stages) -> dict[str, Any
         [["benchmarks.suites.figures", str(place.out), group] for group in figures.GROUPS],
         inputs=made, outputs=[figures.evaluation_path(place.out, "student, reinforced")],
     )  # fmt: skip
-    seconds = "0.3" if config.quick else "3"
-    for name, bundle, results in (("bench", place.bundle, place.results), ("bench-teacher", place.teacher_bundle, place.teacher_results)):
+    for name, bundle, results, seconds in (
+        ("bench", place.bundle, place.results, "0.3" if config.quick else "2"),
+        ("bench-teacher", place.teacher_bundle, place.teacher_results, "0.3" if config.quick else "1"),
+    ):
         stages.run(name, [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds]], inputs=[bundle / "manifest.json"], outputs=[results])
     tables, summary = figures.tables(place, stages.seconds())
     _write_json(place.tables, tables)

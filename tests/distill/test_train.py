@@ -20,7 +20,8 @@ from distill import train as train_module
 from distill.dataset import ReinforcedPairs
 from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.store import open_store
-from distill.train import Average, TrainConfig, learning_rate, train
+from distill.train import Average, TrainConfig, encode_texts, learning_rate, train
+from mobileclip import create_model
 from mobileclip.checkpoint import build_tokenizer
 from runtime.errors import RecipeError, StoreError, TrainingError
 from runtime.pairs import open_pairs
@@ -219,6 +220,15 @@ def test_unknown_recipe_names_the_known_ones():
 def test_plain_reads_no_teacher():
     assert not RECIPES["plain"]().reinforced
     assert RECIPES["reinforced"]().reinforced
+
+
+def test_texts_in_groups_of_like_length_are_the_same(world):
+    torch.manual_seed(0)
+    model, tokens = create_model("pocket_s"), dataset(world).batch(0, 23).tokens
+    with torch.inference_mode():
+        whole = model.encode_text(torch.from_numpy(tokens))
+        for groups in (1, 3, 4, 40):
+            assert (encode_texts(model, tokens, groups) - whole).abs().max() < 1e-6
 
 
 def test_schedule():
