@@ -55,7 +55,7 @@ def plain() -> Recipe:
 
     No knowledge but the pairs themselves: the contrastive loss on the pair's own caption, as CLIP is trained.
     """
-    return Recipe(batch_size=64, learning_rate=2e-3)
+    return Recipe(batch_size=128, learning_rate=1e-3)
 
 
 def reinforced() -> Recipe:
@@ -63,7 +63,7 @@ def reinforced() -> Recipe:
 
     The stored ensemble does the teaching: features first, affinities and contrast beside them, all stored captions.
     """
-    return Recipe(batch_size=64, learning_rate=4e-3, contrastive=0.1, affinity=1.0, feature=8.0, caption_types=(), text_samples=20_000)
+    return Recipe(batch_size=64, learning_rate=2e-3, contrastive=0.1, affinity=1.0, feature=8.0, caption_types=(), text_samples=20_000)
 
 
 def recovery() -> Recipe:
