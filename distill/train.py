@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> Path:
     run = Run(model=model, average=average, optimizer=_optimizer(model, recipe), averaging=Average(average, model))
     _restore(run, out, fingerprint)
     _loop(run, plan, recipe, config, data, store, out, fingerprint)
-    figures = {"samples": plan.samples(plan.steps), "steps": plan.steps, "seconds": round(run.seconds, 1), "unreadable": data.unreadable}
+    figures = {"samples": plan.samples(plan.steps), "steps": plan.steps, "seconds": round(run.seconds, 1), "unreadable": data.unreadable, **_time_figures(out)}
     run.average.logit_scale.data.copy_(run.model.logit_scale.data)
     save_checkpoint(
         run.average.eval(), out, tokenizer=tokenizer_path,
@@ -451,6 +451,13 @@ def _metrics_line(run: Run, plan: Plan, recipe: Recipe, terms: dict[str, Tensor]
     }
 
 
+def _time_figures(out: Path) -> dict[str, Any]:
+    """Where the time went, from the last line of the metrics, and the median rate on pairs."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rates = [line["samples_per_second"] for line in lines if line["phase"] == "pairs"]
+    return {"samples_per_second": float(np.median(rates)), "time_share": lines[-1]["time_share"]}
+
+
 class _Validation:
     """Retrieval of the averaged weights on the validation pairs, a few times over the run. Its time counts for no step."""
 
@@ -474,6 +481,10 @@ def main(argv: list[str]) -> int:
 
     config = tyro.cli(TrainConfig, args=argv, prog="mclip train", description=__doc__)
     out = train(config)
-    receipt = json.loads((out / "receipt.json").read_text(encoding="utf-8"))
-    sys.stdout.write(f"{out}: {receipt['figures']['samples']:,} samples in {receipt['figures']['seconds']:.0f} s\n")
+    figures = json.loads((out / "receipt.json").read_text(encoding="utf-8"))["figures"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["time_share"].items())
+    sys.stdout.write(
+        f"{out}: {figures['samples']:,} samples in {figures['seconds']:.0f} s, median {figures['samples_per_second']:.0f} samples/s on {config.threads} thread(s); "
+        f"time went to {shares}\n"
+    )
     return 0

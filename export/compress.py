@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
-from PIL import Image
 
+from distill.evaluate import TorchEncoder
 from export.prune import prune_ffn
-from export.towers import choose_rows, embed, image_encoder, read_samples, text_encoder
+from export.towers import choose_rows, read_samples
 from mobileclip.checkpoint import file_sha256, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt, write_json
 from mobileclip.model import ImageTextModel, count_parameters
 from runtime.errors import CheckpointError, RecipeError
 from runtime.evaluation import retrieval
 from runtime.pairs import open_pairs
-from runtime.preprocess import preprocess
 
 SCHEMA = 1
 
@@ -61,21 +59,6 @@ class CompressConfig:
     """Torch threads of the recovery."""
     json: bool = False
     """Print the report as one JSON object."""
-
-
-class CheckpointEncoder:
-    """A checkpoint as `runtime.evaluation` wants it: PIL pictures or strings -> (B, D) float32, unit norm."""
-
-    def __init__(self, folder: Path, model: ImageTextModel | None = None) -> None:
-        self.model = load_checkpoint(folder) if model is None else model
-        self.tokenizer = open_tokenizer(folder, self.model.config)
-        self.preprocess = preprocess_config(self.model.config)
-
-    def encode_image(self, images: list[Image.Image]) -> np.ndarray:
-        return embed(image_encoder(self.model), preprocess(images, self.preprocess))
-
-    def encode_text(self, texts: list[str]) -> np.ndarray:
-        return embed(text_encoder(self.model), self.tokenizer(texts))
 
 
 def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -152,7 +135,7 @@ def _facts(config: CompressConfig, folder: Path, model: ImageTextModel) -> dict[
     """Size, and retrieval on the validation pairs where there are any."""
     facts: dict[str, Any] = {"parameters": count_parameters(model), "bytes": (folder / "model.safetensors").stat().st_size, "retrieval": None}
     if config.validation is not None:
-        found = retrieval(CheckpointEncoder(folder, model), open_pairs(config.validation), seed=config.seed)
+        found = retrieval(TorchEncoder(model, open_tokenizer(folder, model.config)), open_pairs(config.validation), seed=config.seed)
         facts["retrieval"] = {name: found[name] for name in ("text_to_image", "image_to_text", "gallery")}
     return facts
 
