@@ -60,7 +60,7 @@ class Layout:
 
     def __getattr__(self, name: str) -> Path:
         places = {
-            "train": "pairs/train", "validation": "pairs/validation", "test": "pairs/test", "stamps": "pairs/stamps", "store": "store",
+            "train": "pairs/train", "validation": "pairs/validation", "test": "pairs/test", "stamps": "stamps", "store": "store",
             "student": "ckpt/student", "plain": "ckpt/plain", "pruned": "ckpt/pruned", "bundle": "bundle", "teacher_bundle": "teacher-bundle",
             "teacher_checkpoint": "teachers/lite0-224", "results": "results.jsonl", "teacher_results": "teacher-results.jsonl", "report": "report.html",
             "tables": "tables.json", "summary": "summary.json",

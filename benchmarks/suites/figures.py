@@ -95,7 +95,7 @@ GROUPS = {
 def evaluate_group(out: Path, group: str) -> None:
     """Evaluate every model of a group on the test pictures and, where they are there, on the photographs."""
     test = open_pairs(out / "pairs/test")
-    stamps = open_pairs(out / "pairs/stamps") if (out / "pairs/stamps").is_dir() else None
+    stamps = open_pairs(out / "stamps") if (out / "stamps").is_dir() and list((out / "stamps").glob("*.tar")) else None
     known = evaluations(out)
     galleries: dict[str, tuple[Gallery, Gallery | None]] = {}
     for name in GROUPS[group]:
