@@ -73,8 +73,8 @@ class Layout:
         return self.out / "teachers" / name
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Run every stage that is not done. Returns the summary (also in OUT/summary.json).
+def run_demo(config: DemoConfig) -> tuple[dict[str, Any], str]:
+    """Run every stage that is not done. Returns the summary (also in OUT/summary.json) and the closing table.
 
     Raises:
         StageError: a stage failed.
@@ -86,7 +86,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     started = time.monotonic()
     with MemoryWatch() as memory:
         _make(config, place, stages)
-        summary = _measure(config, place, stages)
+        summary, table = _measure(config, place, stages)
     previous = json.loads(place.summary.read_text(encoding="utf-8")).get("peak_memory_gib", 0.0) if place.summary.exists() else 0.0
     summary.update(
         run_minutes=round((time.monotonic() - started) / 60, 2),
@@ -95,7 +95,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         disk_gb=round(tree_bytes(out) / 1e9, 3),
     )
     _write_json(place.summary, summary)
-    return summary
+    return summary, table
 
 
 def _claim(out: Path, config: DemoConfig) -> None:
@@ -184,7 +184,7 @@ def _stamps(place: Layout, stages: Stages) -> None:
         _say("[demo] stamps: left out, the photographs could not be fetched (message above)")
 
 
-def _measure(config: DemoConfig, place: Layout, stages: Stages) -> dict[str, Any]:
+def _measure(config: DemoConfig, place: Layout, stages: Stages) -> tuple[dict[str, Any], str]:
     """Stages that measure: retrieval of everything, latency of the bundles, the tables, the report."""
     from benchmarks.suites import figures
 
@@ -206,8 +206,7 @@ def _measure(config: DemoConfig, place: Layout, stages: Stages) -> dict[str, Any
         [["mobileclip.cli", "report", str(place.results), str(place.teacher_results), "--run", str(place.out), "-o", str(place.report)]],
         inputs=[place.tables, place.results, place.teacher_results], outputs=[place.report],
     )  # fmt: skip
-    _say(figures.as_text(tables))
-    return summary
+    return summary, figures.as_text(tables)
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -226,7 +225,12 @@ def main(argv: list[str]) -> int:
     import tyro
 
     config = tyro.cli(DemoConfig, args=argv, prog="mclip demo", description=__doc__)
-    summary = run_demo(config)
+    summary, table = run_demo(config)
     _say(json.dumps(summary, indent=1))
+    _say(f"\n{table}\n")
+    _say(
+        f"{summary['search_hits_of_20']} of the README's 20 queries find their picture among the first five; this run took {summary['run_minutes']:.1f} minutes "
+        f"(all stages {summary['stage_minutes']:.1f}), at most {summary['peak_memory_gib']:.1f} GiB of memory, {summary['disk_gb']:.1f} GB of disk"
+    )
     _say(f"everything is under {config.out}; look at {config.out}/report.html")
     return 0
