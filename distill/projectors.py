@@ -159,6 +159,8 @@ class ProjectorConfig:
     embed_dim: int = 256
     keep: tuple[float, ...] = (0.5,)
     """Share of the pairs that is trusted after the first epochs, those of smallest loss; 1 trusts all (clean captions)."""
+    limit: int = 0
+    """At most this many pairs, evenly spaced over the folder; 0 takes all."""
     seed: int = 0
 
 
@@ -187,7 +189,7 @@ def build_teacher(config: ProjectorConfig) -> dict[str, Any]:
     started = time.monotonic()
     settings = Settings(embed_dim=config.embed_dim, seed=config.seed)
     model = frozen_model(teacher_config(config.backbone, config.image_size, config.embed_dim, settings.hidden, settings.text_hidden))
-    known = read_features(model, pairs, "features of the pairs")
+    known = read_features(model, pairs, "features of the pairs", config.limit)
     unseen = read_features(model, validation, "features of the validation pairs") if validation else None
     seen = time.monotonic()
     tried: list[tuple[float, float, Projectors]] = []
@@ -219,7 +221,7 @@ def _finished(out: Path, stamp: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @torch.inference_mode()
-def read_features(model: ImageTextModel, pairs: Pairs, title: str) -> Features:
+def read_features(model: ImageTextModel, pairs: Pairs, title: str, limit: int = 0) -> Features:
     """Frozen features of all pairs: pictures (N, W_image), different captions (U, W_text), and which caption each pair has (N,).
 
     Pairs whose picture does not decode or whose caption is not UTF-8 are left out and counted.
@@ -234,8 +236,9 @@ def read_features(model: ImageTextModel, pairs: Pairs, title: str) -> Features:
             pictures.append(trunk(torch.from_numpy(preprocess(waiting, config)).contiguous(memory_format=torch.channels_last)))
             waiting.clear()
 
-    with progress(title, len(pairs)) as advance:
-        for row in range(len(pairs)):
+    chosen = range(len(pairs)) if not limit else sorted({int(row) for row in torch.linspace(0, len(pairs) - 1, min(limit, len(pairs)))})
+    with progress(title, len(chosen)) as advance:
+        for done, row in enumerate(chosen, start=1):
             try:
                 caption, picture = pairs.caption(row), pairs.image(row)
             except (ImageError, PairsError) as error:
@@ -247,9 +250,9 @@ def read_features(model: ImageTextModel, pairs: Pairs, title: str) -> Features:
             waiting.append(picture)
             if len(waiting) == MICRO_BATCH:
                 flush()
-                advance(row + 1, "")
+                advance(done, "")
         flush()
-        advance(len(pairs), "")
+        advance(len(chosen), "")
     if len(captions) < 2:
         raise PairsError(f"'{pairs.folder}' has {len(captions)} usable pairs of {len(pairs)}; projectors need at least 2")
     unique = sorted(set(captions), key=lambda text: (len(text), text))

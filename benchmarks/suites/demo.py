@@ -139,35 +139,52 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
         [["mobileclip.cli", "train", *data, "--out", str(out), "--recipe", recipe] for out, recipe in ((place.student, "reinforced"), (place.plain, "plain"))],
         inputs=index, outputs=[place.student / "receipt.json", place.plain / "receipt.json"],
     )  # fmt: skip
-    projectors_224 = [
-        "distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224",
-        *seed,
-    ]  # fmt: skip
-    # The student loses a quarter of its feed-forward widths on one core while the sample teacher learns its larger input on the other.
-    stages.run(
-        "compress",
-        [
-            ["mobileclip.cli", "compress", str(place.student), str(place.pruned), "--calibrate", str(place.train), "--store", str(place.store),
-             "--validation", str(place.validation), "--recover-samples", str(config.recover_samples), *seed],
-            projectors_224,
-        ],
-        inputs=[*index, place.student / "receipt.json"], outputs=[place.pruned / "receipt.json", place.teacher_checkpoint / "receipt.json"],
-    )  # fmt: skip
-    # Side by side: the exporter times int8 against fp32 in strict turns, so that a neighbour on the other core meets both alike.
-    common = ["--pairs", str(place.validation), "--precision", "fp32,fp16,int8", *seed]
-    everything = ["--target", "onnx,coreml,tensorrt"]
-    stages.run(
-        "export",
-        [
-            ["mobileclip.cli", "export", str(place.pruned), str(place.bundle), "--samples", "256", *everything, *common],
-            ["mobileclip.cli", "export", str(place.teacher_checkpoint), str(place.teacher_bundle), "--samples", "48" if config.quick else "128",
-             *(["--target", "onnx"] if config.quick else everything), *common],
-        ],
-        inputs=[place.pruned / "receipt.json", place.teacher_checkpoint / "receipt.json"],
-        outputs=[place.bundle / "manifest.json", place.teacher_bundle / "manifest.json"],
-    )  # fmt: skip
     if photographs.is_alive():
         photographs.join()
+    # Two chains, one core each: the student loses a quarter of its feed-forward widths, becomes a bundle and is evaluated while the sample
+    # teacher learns its larger input and goes the same way. The exporter times int8 against fp32 in strict turns, so that the neighbour
+    # meets both alike.
+    stages.chains(lambda: _finish_student(config, place, stages), lambda: _finish_teacher(config, place, stages))
+
+def _finish_student(config: DemoConfig, place: Layout, stages: Stages) -> None:
+    seed, index = ["--seed", str(config.seed)], place.store / "index.json"
+    stages.run(
+        "compress",
+        [["mobileclip.cli", "compress", str(place.student), str(place.pruned), "--calibrate", str(place.train), "--store", str(place.store),
+          "--validation", str(place.validation), "--recover-samples", str(config.recover_samples), *seed]],
+        inputs=[index, place.student / "receipt.json"], outputs=[place.pruned / "receipt.json"],
+    )  # fmt: skip
+    _export(place.pruned, place.bundle, "256", "onnx,coreml,tensorrt", config, place, stages)
+    for group in ("students", "teachers"):
+        _evaluate(group, [place.bundle / "manifest.json", place.student / "receipt.json", place.plain / "receipt.json"], place, stages)
+
+
+def _finish_teacher(config: DemoConfig, place: Layout, stages: Stages) -> None:
+    limit = ["--limit", "2400"]
+    stages.run(
+        "teacher-224",
+        [["distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224", *limit, "--seed", str(config.seed)]],
+        inputs=[place.out / "pairs/sample.json"], outputs=[place.teacher_checkpoint / "receipt.json"],
+    )  # fmt: skip
+    targets, samples = ("onnx", "48") if config.quick else ("onnx,coreml,tensorrt", "128")
+    _export(place.teacher_checkpoint, place.teacher_bundle, samples, targets, config, place, stages)
+    _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
+
+
+def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: DemoConfig, place: Layout, stages: Stages) -> None:
+    stages.run(
+        f"export-{bundle.name}",
+        [["mobileclip.cli", "export", str(checkpoint), str(bundle), "--pairs", str(place.validation), "--target", targets, "--precision", "fp32,fp16,int8",
+          "--samples", samples, "--seed", str(config.seed)]],
+        inputs=[checkpoint / "receipt.json"], outputs=[bundle / "manifest.json"],
+    )  # fmt: skip
+
+
+def _evaluate(group: str, inputs: list[Path], place: Layout, stages: Stages) -> None:
+    from benchmarks.suites import figures
+
+    last = [name for name in figures.GROUPS[group] if name != "baselines"][-1]
+    stages.run(f"evaluate-{group}", [["benchmarks.suites.figures", str(place.out), group]], inputs=inputs, outputs=[figures.evaluation_path(place.out, last)])
 
 
 def _stamps(place: Layout, stages: Stages) -> None:
@@ -185,15 +202,9 @@ def _stamps(place: Layout, stages: Stages) -> None:
 
 
 def _measure(config: DemoConfig, place: Layout, stages: Stages) -> tuple[dict[str, Any], str]:
-    """Stages that measure: retrieval of everything, latency of the bundles, the tables, the report."""
+    """What runs alone on the machine, latency of the bundles; then the tables and the report."""
     from benchmarks.suites import figures
 
-    made = [place.bundle / "manifest.json", place.teacher_bundle / "manifest.json", place.student / "receipt.json", place.plain / "receipt.json"]
-    stages.run(
-        "evaluate",
-        [["benchmarks.suites.figures", str(place.out), group] for group in figures.GROUPS],
-        inputs=made, outputs=[figures.evaluation_path(place.out, "student, reinforced")],
-    )  # fmt: skip
     for name, bundle, results, seconds in (
         ("bench", place.bundle, place.results, "0.3" if config.quick else "2"),
         ("bench-teacher", place.teacher_bundle, place.teacher_results, "0.3" if config.quick else "1"),

@@ -1,8 +1,8 @@
 """What the demo reports: retrieval and zero-shot of every model on the same pictures, the tables, the headline.
 
-    python -m benchmarks.suites.figures OUT teachers|students
+    python -m benchmarks.suites.figures OUT teachers|students|sample
 
-Two processes evaluate side by side; each model's result is kept in OUT/evaluations/NAME.json with the hash of what it was
+Groups are evaluated by processes of their own; each model's result is kept in OUT/evaluations/NAME.json with the hash of what it was
 made from, so that a rerun evaluates only what changed.
 """
 
@@ -87,8 +87,9 @@ def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
 GROUPS = {
     "teachers": ("teacher lite0", "teacher lite1", "teacher ensemble", "baselines"),
     "students": (
-        "student, reinforced", "student, plain", "student, pruned 25 %", "bundle fp32", "bundle int8", "bundle Core ML fp16", "sample teacher fp32", "sample teacher int8",
+        "student, reinforced", "student, plain", "student, pruned 25 %", "bundle fp32", "bundle int8", "bundle Core ML fp16",
     ),
+    "sample": ("sample teacher fp32", "sample teacher int8"),
 }  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def first_embedding(out: Path) -> dict[str, float]:
     from benchmarks.results import read_results
 
     phases = {"cold_start_image": "cold_start_image_seconds", "cold_start_text": "cold_start_text_seconds"}
-    found = [line for line in read_results(out / "results.jsonl") if line["kind"] == "cold_start"]
+    found = [line for line in read_results([out / "results.jsonl"]) if line["kind"] == "cold_start"]
     return {phases.get(line["phase"], f"{line['phase']}_seconds"): round(float(np.median(line["samples"])) / 1e9, 3) for line in found}
 
 

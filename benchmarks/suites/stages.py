@@ -36,6 +36,38 @@ class Stages:
         self.out, self.say = out, say
         self.folder = out / "stages"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.crowded = False
+        """True while several stages run at once: then none may draw a bar of its own."""
+
+    def chains(self, *chains: Callable[[], None]) -> None:
+        """Run functions that call `run` at the same time, each in a thread of its own, and wait for all.
+
+        Raises:
+            The first error of any of them, after the others have ended.
+        """
+        errors: list[BaseException] = []
+
+        def guarded(chain: Callable[[], None]) -> None:
+            try:
+                chain()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(chain,)) for chain in chains]
+        self.crowded = True
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            for thread in threads:  # the children were interrupted too; they save their state and end
+                thread.join()
+            raise
+        finally:
+            self.crowded = False
+        if errors:
+            raise errors[0]
 
     def run(self, name: str, commands: Sequence[Sequence[str]], *, inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> float:
         """Run `commands` side by side unless the stage is done. Returns the seconds that it took, now or then.
@@ -58,7 +90,7 @@ class Stages:
         started = time.monotonic()
         spent = float(found["spent"]) if found.get("unfinished") == digest else 0.0
         try:
-            run_side_by_side(commands, self.out / "logs" / name)
+            run_side_by_side(commands, self.out / "logs" / name, crowded=self.crowded)
         except BaseException:
             self._write(receipt, {"unfinished": digest, "spent": spent + time.monotonic() - started})
             raise
@@ -112,14 +144,14 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def run_side_by_side(commands: Sequence[Sequence[str]], log: Path) -> None:
+def run_side_by_side(commands: Sequence[Sequence[str]], log: Path, crowded: bool = False) -> None:
     """Run `python -m …` commands at once and wait for all. One alone draws its own progress bar; several write lines.
 
     Raises:
         StageError: one failed.
         KeyboardInterrupt: interrupted; the children were given time to save their state.
     """
-    alone = len(commands) == 1
+    alone = len(commands) == 1 and not crowded
     log.parent.mkdir(parents=True, exist_ok=True)
     children = []
     for number, command in enumerate(commands):
