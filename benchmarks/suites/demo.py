@@ -90,7 +90,6 @@ def run_demo(config: DemoConfig) -> tuple[dict[str, Any], str]:
     previous = json.loads(place.summary.read_text(encoding="utf-8")).get("peak_memory_gib", 0.0) if place.summary.exists() else 0.0
     summary.update(
         run_minutes=round((time.monotonic() - started) / 60, 2),
-        stage_minutes=round(sum(stages.seconds().values()) / 60, 2),
         peak_memory_gib=round(max(memory.peak / 2**30, previous), 2),
         disk_gb=round(tree_bytes(out) / 1e9, 3),
     )
@@ -241,7 +240,7 @@ def main(argv: list[str]) -> int:
     _say(f"\n{table}\n")
     _say(
         f"{summary['search_hits_of_20']} of the README's 20 queries find their picture among the first five; this run took {summary['run_minutes']:.1f} minutes "
-        f"(all stages {summary['stage_minutes']:.1f}), at most {summary['peak_memory_gib']:.1f} GiB of memory, {summary['disk_gb']:.1f} GB of disk"
+        f"after installation, at most {summary['peak_memory_gib']:.1f} GiB of memory, {summary['disk_gb']:.1f} GB of disk"
     )
     _say(f"everything is under {config.out}; look at {config.out}/report.html")
     return 0

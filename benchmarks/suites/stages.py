@@ -153,11 +153,14 @@ def run_side_by_side(commands: Sequence[Sequence[str]], log: Path, crowded: bool
     """
     alone = len(commands) == 1 and not crowded
     log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread a process: stages fill the cores with processes, and two thread pools on one core wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     children = []
     for number, command in enumerate(commands):
         stream = open(log.with_name(f"{log.name}.{number}.log"), "w", encoding="utf-8")  # noqa: SIM115 (closed with the child)
         children.append((subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=stream, stderr=None if alone else subprocess.PIPE, text=True, preexec_fn=_die_with_parent
+            [sys.executable, "-m", *command], stdout=stream, stderr=None if alone else subprocess.PIPE, text=True,
+            env=environment, preexec_fn=_die_with_parent
         ), stream))  # fmt: skip
     readers = [threading.Thread(target=_echo, args=(child,), daemon=True) for child, _ in children if child.stderr is not None]
     for reader in readers:

@@ -71,6 +71,20 @@ def test_a_failure_ends_the_others_and_is_not_remembered_as_done(stages, tmp_pat
     assert "bad" not in stages.seconds()
 
 
+def test_chains_run_at_the_same_time_and_pass_their_error_on(stages, tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    stages.chains(lambda: stages.run("left", [["stage_module", "meet", a, b]]) and None, lambda: stages.run("right", [["stage_module", "meet", b, a]]) and None)
+    assert {"left", "right"} <= set(stages.seconds())
+
+    def fails() -> None:
+        stages.run("fails", [["stage_module", "fail", "x"]])
+
+    counter = tmp_path / "count"
+    with pytest.raises(StageError, match="exit code 1"):
+        stages.chains(fails, lambda: stages.run("works", [["stage_module", "count", str(counter)]]) and None)
+    assert counter.read_text() == "1"
+
+
 def test_results_are_kept_for_the_same_inputs(stages, tmp_path):
     source, calls = tmp_path / "input", []
     source.write_text("a")
