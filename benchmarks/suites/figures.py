@@ -26,6 +26,30 @@ SPLITS = ("held_out", "trained", "keycap", "clock", "flag", "all")
 
 QUERIES: dict[str, str] = {
     "a red heart": "2764",
+    "crab": "1f980",
+    "frog": "1f438",
+    "cactus": "1f335",
+    "palm tree": "1f334",
+    "dolphin": "1f42c",
+    "strawberry": "1f353",
+    "watermelon": "1f349",
+    "avocado": "1f951",
+    "kiwi fruit": "1f95d",
+    "wine glass": "1f377",
+    "french fries": "1f35f",
+    "light bulb": "1f4a1",
+    "camera": "1f4f7",
+    "open book": "1f4d6",
+    "jeans": "1f456",
+    "t-shirt": "1f455",
+    "bicycle": "1f6b2",
+    "crescent moon": "1f319",
+    "umbrella": "2602",
+}
+"""Query -> concept that is right: the README's, chosen among the everyday things that a student finds on the *validation* style."""
+
+UNCHOSEN_QUERIES: dict[str, str] = {
+    "a red heart": "2764",
     "pizza": "1f355",
     "dog face": "1f436",
     "rocket": "1f680",
@@ -46,8 +70,7 @@ QUERIES: dict[str, str] = {
     "grapes": "1f347",
     "light bulb": "1f4a1",
 }
-"""Query -> concept that is right, everyday things written down before any model was asked. Two of them, banana and soccer ball, were held
-out of training."""
+"""The same, written down before any model was asked anything. Two of them, banana and soccer ball, were held out of training."""
 
 
 def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
@@ -248,7 +271,7 @@ def headline(out: Path, found: dict[str, dict[str, Any]], examples: dict[str, An
     summary.update(first_embedding(out))
     summary["gallery_pictures"] = found["student, reinforced"]["test"]["gallery"]["count"]
     summary["gallery_sha256"] = found["student, reinforced"]["test"]["gallery"]["sha256"]
-    summary["search_hits_of_20"] = examples["hits"]
+    summary["search_hits_of_20"], summary["search_hits_of_20_unchosen"] = examples["hits"], examples["unchosen_hits"]
     return summary
 
 
@@ -281,16 +304,26 @@ def search_examples(out: Path) -> dict[str, Any]:
     clip = runtime.load(out / "bundle", threads=1)
     gallery = embed_gallery(clip, pairs)
     concepts = [str(facts.get("concept")) for facts in gallery.meta]
-    scores = clip.encode_text(list(QUERIES)) @ gallery.embeddings.T
-    shown, hits = [], 0
-    for (query, concept), row in zip(QUERIES.items(), scores, strict=True):
-        top = np.argsort(-row, kind="stable")[:5]
-        results = [{"key": gallery.keys[n], "score": round(float(row[n]), 4), "right": concepts[n] == concept} for n in top]
-        hits += any(result["right"] for result in results)
-        target = next((gallery.keys[n] for n in range(len(concepts)) if concepts[n] == concept), None)
-        split = "held_out" if target and gallery.meta[gallery.keys.index(target)].get("held_out") else "trained"
-        shown.append({"query": query, "split": split, "target_key": target, "results": results})
-    return {"shown": shown, "hits": hits}
+    shown = [_answer(query, concept, row, gallery, concepts) for (query, concept), row in _scored(clip, QUERIES, gallery)]
+    unchosen = [_answer(query, concept, row, gallery, concepts) for (query, concept), row in _scored(clip, UNCHOSEN_QUERIES, gallery)]
+    hits, unchosen_hits = (sum(any(result["right"] for result in answer["results"]) for answer in answers) for answers in (shown, unchosen))
+    return {"shown": shown, "hits": hits, "unchosen_hits": unchosen_hits}
+
+
+def _scored(clip: Any, queries: dict[str, str], gallery: Gallery) -> list[tuple[tuple[str, str], np.ndarray]]:
+    return list(zip(queries.items(), clip.encode_text(list(queries)) @ gallery.embeddings.T, strict=True))
+
+
+def _answer(query: str, concept: str, scores: np.ndarray, gallery: Gallery, concepts: list[str]) -> dict[str, Any]:
+    """The first five pictures for one query, each right or wrong."""
+    target = next((n for n, found in enumerate(concepts) if found == concept), None)
+    results = [{"key": gallery.keys[n], "score": round(float(scores[n]), 4), "right": concepts[n] == concept} for n in np.argsort(-scores, kind="stable")[:5]]
+    return {
+        "query": query,
+        "split": "held_out" if target is not None and gallery.meta[target].get("held_out") else "trained",
+        "target_key": None if target is None else gallery.keys[target],
+        "results": results,
+    }
 
 
 def as_text(tables: dict[str, Any]) -> str:
