@@ -62,7 +62,7 @@ class MilProgram:
         """Read a saved `.mlpackage` folder (an ML program; neural networks of the old kind are refused).
 
         Raises:
-            BundleError: the path is no package, or holds no ML program.
+            BundleError: the path is no package, holds no ML program, or is damaged.
             MissingExtraError: coremltools is not installed.
         """
         path = Path(path)
@@ -77,7 +77,10 @@ class MilProgram:
             raise BundleError(
                 f"{path.name} holds a {specification.WhichOneof('Type')}, expected an ML program; convert it again with a deployment target of iOS 15 or later"
             )
-        program = milproto.load(specification, specification.specificationVersion, model.weights_dir)
+        try:
+            program = milproto.load(specification, specification.specificationVersion, model.weights_dir)
+        except (RuntimeError, ValueError, IndexError) as error:  # coremltools raises what its readers raise
+            raise BundleError(f"{path.name}: the program or its weights cannot be read ({error}); the package is damaged, export it again") from None
         return cls(program, name=path.name, half=half)
 
     def operation_counts(self) -> Counter[str]:

@@ -18,7 +18,10 @@ from export.towers import encoder_of  # noqa: E402
 from export.verify import measure, reference_of  # noqa: E402
 from mobileclip.checkpoint import load_checkpoint  # noqa: E402
 from mobileclip.reparameterize import reparameterize  # noqa: E402
-from runtime.errors import ParityError  # noqa: E402
+from runtime.errors import (
+    BundleError,
+    ParityError,  # noqa: E402
+)
 from tests.export.conftest import teacher_like  # noqa: E402
 
 
@@ -44,11 +47,16 @@ def test_damaged_weights_show(pocket_bundle, samples, reference, tmp_path):
     package = tmp_path / "damaged.mlpackage"
     shutil.copytree(pocket_bundle / "coreml/image.fp16.mlpackage", package)
     (weights,) = package.rglob("weight.bin")
-    values = np.fromfile(weights, np.uint8)
-    half = values[len(values) // 2 : len(values) // 2 + 4096].view(np.float16)
-    half += np.float16(1)
-    values.tofile(weights)
+    good = weights.read_bytes()
+    arrays = [array.astype(np.float16) for array in MilProgram.open(package).constants().values() if array.dtype.kind == "f"]
+    largest = max(arrays, key=lambda array: array.nbytes)
+    start = good.index(largest.tobytes())
+    damaged = (largest + np.float16(1)).tobytes()
+    weights.write_bytes(good[:start] + damaged + good[start + len(damaged) :])
     assert measure("image", evaluate(MilProgram.open(package), samples.pixels[:6]), reference).cosine_min < 0.999
+    weights.write_bytes(good.replace((0xDEADBEEF).to_bytes(4, "little"), b"\0\0\0\0"))
+    with pytest.raises(BundleError, match="damaged"):
+        MilProgram.open(package)
 
 
 def test_second_save_gives_the_same_bytes(pocket_bundle, pocket_checkpoint, samples, tmp_path):
