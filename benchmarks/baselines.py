@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import ClipError, ImageError
-from runtime.evaluation import Gallery, embed_gallery, interval, split_rows
+from runtime.evaluation import Gallery, embed_gallery, interval, right_answers, split_rows
 from runtime.metrics import TIE
 from runtime.pairs import Pairs
 
@@ -124,13 +124,7 @@ def lookup(
 def _result(scores: np.ndarray, texts: list[str], gallery: Gallery, ks: Sequence[int], seed: int) -> dict[str, Any]:
     """Recalls from a (texts, pictures) score matrix, with the rules of `runtime.evaluation.retrieval`; a row of -inf has no answer."""
     position = {text: n for n, text in enumerate(texts)}
-    pictures_of: dict[str, list[int]] = defaultdict(list)
-    texts_of: dict[str, set[int]] = defaultdict(set)
-    groups_of: dict[str, set[str]] = defaultdict(set)
-    for n, (group, text) in enumerate(zip(gallery.groups, gallery.texts, strict=True)):
-        pictures_of[group].append(n)
-        texts_of[group].add(position[text])
-        groups_of[text].add(group)
+    pictures_of, texts_of, groups_of = right_answers(gallery, position)
     known = np.isfinite(scores).any(axis=1)
     result: dict[str, Any] = {"text_to_image": {}, "image_to_text": {}}
     found: dict[str, dict[str, list[int]]] = {"text_to_image": {}, "image_to_text": {}}

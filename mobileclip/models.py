@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -119,7 +118,3 @@ def main(argv: list[str]) -> int:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
     return 0
 
-
-def with_name(config: ModelConfig, name: str) -> ModelConfig:
-    """The same model under another name."""
-    return dataclasses.replace(config, name=name)

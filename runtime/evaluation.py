@@ -105,6 +105,18 @@ def split_rows(meta: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     return {name: found for name, found in splits.items() if found}
 
 
+def right_answers(gallery: Gallery, position: dict[str, int]) -> tuple[dict[str, list[int]], dict[str, set[int]], dict[str, set[str]]]:
+    """What counts as right: gallery positions of each group, text numbers (by `position`) of each group, and the groups of each text."""
+    pictures_of: dict[str, list[int]] = defaultdict(list)
+    texts_of: dict[str, set[int]] = defaultdict(set)
+    groups_of: dict[str, set[str]] = defaultdict(set)
+    for n, (group, text) in enumerate(zip(gallery.groups, gallery.texts, strict=True)):
+        pictures_of[group].append(n)
+        texts_of[group].add(position[text])
+        groups_of[text].add(group)
+    return pictures_of, texts_of, groups_of
+
+
 def retrieval(encoder: Encoder, pairs: Pairs, ks: Sequence[int] = (1, 5, 10), seed: int = 0, gallery: Gallery | None = None) -> dict[str, Any]:
     """Recall@k in both directions for each split; the queries are the split's, the gallery is always everything.
 
@@ -128,13 +140,7 @@ def retrieval(encoder: Encoder, pairs: Pairs, ks: Sequence[int] = (1, 5, 10), se
     texts = list(dict.fromkeys(gallery.texts))
     position = {text: n for n, text in enumerate(texts)}
     text_embeddings = np.concatenate([np.asarray(encoder.encode_text(texts[n : n + 256])) for n in range(0, len(texts), 256)])
-    pictures_of: dict[str, list[int]] = defaultdict(list)
-    texts_of: dict[str, set[int]] = defaultdict(set)
-    groups_of: dict[str, set[str]] = defaultdict(set)
-    for n, (group, text) in enumerate(zip(gallery.groups, gallery.texts, strict=True)):
-        pictures_of[group].append(n)
-        texts_of[group].add(position[text])
-        groups_of[text].add(group)
+    pictures_of, texts_of, groups_of = right_answers(gallery, position)
     to_image: dict[str, Any] = {}
     to_text: dict[str, Any] = {}
     found: dict[str, dict[str, list[int]]] = {"text_to_image": {}, "image_to_text": {}}
