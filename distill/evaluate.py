@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import tyro
 
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
 from mobileclip.model import ImageTextModel
@@ -124,6 +125,8 @@ def _tokenizer(folder: str, context_length: int) -> Tokenizer:
 class EvalConfig:
     """What to evaluate."""
 
+    model: tyro.conf.Positional[str]
+    """Checkpoint or bundle folder."""
     data: str
     """Pairs folder."""
     task: Literal["retrieval", "zero-shot"] = "retrieval"
@@ -136,22 +139,12 @@ class EvalConfig:
 
 def main(argv: list[str]) -> int:
     """`mclip eval CKPT|BUNDLE --data PAIRS`."""
-    import tyro
-
-    @dataclass(frozen=True, slots=True)
-    class Arguments:
-        model: tyro.conf.Positional[str]
-        """Checkpoint or bundle folder."""
-        settings: tyro.conf.OmitArgPrefixes[EvalConfig]
-
-    arguments = tyro.cli(Arguments, args=argv, prog="mclip eval", description=__doc__)
-    config = arguments.settings
+    config = tyro.cli(EvalConfig, args=argv, prog="mclip eval", description=__doc__)
     torch.set_num_threads(config.threads)
-    encoder, pairs = open_encoder(arguments.model, config.threads), open_pairs(config.data)
+    encoder, pairs = open_encoder(config.model, config.threads), open_pairs(config.data)
     result = retrieval(encoder, pairs, seed=config.seed) if config.task == "retrieval" else zero_shot(encoder, pairs)
-    facts = {"model": str(arguments.model), "config": dataclasses.asdict(config)}
     if config.json:
-        sys.stdout.write(json.dumps({**facts, **result}) + "\n")
+        sys.stdout.write(json.dumps({"model": config.model, "config": dataclasses.asdict(config), **result}) + "\n")
     elif config.task == "retrieval":
         sys.stdout.write(format_retrieval(result))
     else:
