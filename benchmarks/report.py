@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from datetime import datetime
 from pathlib import Path
+
+from runtime.files import write_whole
 
 from . import markup, report_figures, report_method, report_pictures
 from .gather import Material, gather
@@ -36,15 +36,7 @@ def write_report(results: list[Path], output: Path, run: Path | None = None, tit
     material = gather(results, run)
     html, names = render(material, title)
     output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(output, html.encode())
     return {"report": output.name, "bytes": len(html.encode()), "sections": names, "missing": material.missing}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import ClipError
+from runtime.files import write_whole
 
 SCHEMA = 1
 KINDS = ("latency", "cold_start", "memory", "peak", "comparison", "accuracy", "accuracy_comparison", "not_measured")
@@ -112,17 +111,7 @@ def append_results(path: str | Path, lines: Sequence[Line]) -> None:
     if before and not before.endswith(b"\n"):
         before += b"\n"
     added = b"".join(json.dumps(check(row, "a new result"), allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode() + b"\n" for row in lines)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(before + added)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, before + added)
 
 
 def identity(row: Line) -> tuple[str, ...]:

@@ -49,3 +49,14 @@ def _lines(title: str, total: int, every: float = 30.0) -> Callable[[int, str], 
         sys.stderr.flush()
 
     return advance
+
+
+def stamped_lines() -> Callable[[str], None]:
+    """A printer of steps to standard error, each with the seconds since this call."""
+    started = time.monotonic()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - started:6.1f} s] {line}\n")
+        sys.stderr.flush()
+
+    return say

@@ -28,11 +28,12 @@ from distill.progress import progress
 from distill.projector_training import Features, Projectors, Settings, calibrate, recall_at, train_projectors
 from distill.store_writing import hash_shards
 from distill.teachers import MICRO_BATCH, folded
-from mobileclip.checkpoint import file_sha256, load_state, preprocess_config, save_checkpoint, verify_receipt
+from mobileclip.checkpoint import load_state, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
 from mobileclip.model import ImageTextModel
 from mobileclip.projection import MlpProjection
 from runtime.errors import CheckpointError, ClipError, ImageError, MissingExtraError, PairsError
+from runtime.files import file_sha256
 from runtime.pairs import Pairs, open_pairs
 from runtime.preprocess import preprocess
 from runtime.tokenizer import Tokenizer

@@ -36,6 +36,7 @@ from distill.reinforce_worker import TEXTS_PER_FILE, PartDone, PartTask, TextTas
 from distill.store import Part, TeacherFacts, open_store, read_index
 from distill.store_writing import INDEX, hash_shards, part_entry, write_index
 from runtime.errors import PairsError, RecipeError, StoreError
+from runtime.files import write_json
 from runtime.pairs import Pairs, open_pairs
 
 logger = logging.getLogger(__name__)
@@ -163,9 +164,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     strangers = [entry.name for entry in folder.iterdir() if entry.name != ".lock"]
     if strangers:
         raise StoreError(f"'{folder}' is no store but holds {', '.join(sorted(strangers)[:3])}; give a new or an empty folder")
-    temporary = folder / f".{SETTINGS}.{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, settings)
 
 
 def _short(value: Any) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import SampleError
+from runtime.files import file_sha256, write_json, write_whole
 from runtime.pairs import write_shard
 
 logger = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ def write_sample(folder: Path, plan: Plan, draw: Drawer, advance: Callable[[int,
         for inner in {Path(name).parent for name in (*(shard.name for shard in plan.shards), *plan.files)}:
             (folder / inner).mkdir(parents=True, exist_ok=True)
         (folder / RECEIPT).unlink(missing_ok=True)
-        _write_json(folder / PROGRESS, {**plan.head(), "shards": done})
+        write_json(folder / PROGRESS, {**plan.head(), "shards": done})
         _write_shards(folder, plan, todo, done, draw, advance)
         for name, data in plan.files.items():
-            _write(folder / name, data)
+            write_whole(folder / name, data)
         receipt = {
             **plan.head(),
             **plan.facts,
@@ -77,7 +77,7 @@ def write_sample(folder: Path, plan: Plan, draw: Drawer, advance: Callable[[int,
             "shards": {shard.name: done[shard.name] for shard in plan.shards},
             "files": {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in plan.files.items()},
         }
-        _write_json(folder / RECEIPT, receipt)
+        write_json(folder / RECEIPT, receipt)
         (folder / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
         raise SampleError(f"the sample cannot be written to {folder} ({error.strerror}); free some space or choose another folder") from error
@@ -109,7 +109,7 @@ def _write_shards(
             samples = ((key, {**members, plan.image_extension: image}) for (key, members), image in zip(shard.samples, images, strict=True))
             facts = write_shard(folder / shard.name, samples)
             done[shard.name] = {"sha256": facts.sha256, "bytes": facts.bytes, "pairs": facts.samples}
-            _write_json(folder / PROGRESS, {**plan.head(), "shards": done})
+            write_json(folder / PROGRESS, {**plan.head(), "shards": done})
     finally:
         close = getattr(pictures, "close", None)
         if close is not None:
@@ -157,23 +157,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return None
-
-
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    _write(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -18,12 +18,13 @@ import numpy as np
 
 from distill import augment
 from distill.captions import TYPES, Caption
-from distill.store_writing import INDEX, SCHEMA, file_sha256, from_bfloat16, hash_keys, unit
+from distill.store_writing import INDEX, SCHEMA, from_bfloat16, hash_keys, unit
 from distill.store_writing import PartRows as PartRows  # the writing half, for those who know one module
 from distill.store_writing import hash_shards as hash_shards
 from distill.store_writing import write_index as write_index
 from distill.store_writing import write_part as write_part
 from runtime.errors import StoreError
+from runtime.files import file_sha256
 
 DTYPES = ("int8", "float32", "float16", "bfloat16")
 _NUMPY = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from distill.captions import TYPES, Caption
 from runtime.errors import StoreError
+from runtime.files import file_sha256, write_json, write_whole
 
 SCHEMA = 1
 INDEX = "index.json"
@@ -106,12 +106,7 @@ def write_part(path: Path, rows: PartRows, *, dtype: str, tables: dict[str, list
 def write_safetensors(path: Path, arrays: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str]) -> bytes:
     """Write arrays {name: (safetensors dtype, array)} under a temporary name, flush to disk, rename. Returns the bytes."""
     blob = encode_safetensors(arrays, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as stream:
-        stream.write(blob)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    write_whole(path, blob)
     return blob
 
 
@@ -190,15 +185,7 @@ def _vector_arrays(name: str, vectors: np.ndarray, dtype: str) -> dict[str, tupl
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write index.json under a temporary name and rename it: the act that makes a folder a store."""
-    temporary = folder / f".{INDEX}.{os.getpid()}"
-    temporary.write_text(json.dumps({"schema": SCHEMA, "kind": "store", **index}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / INDEX)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    write_json(folder / INDEX, {"schema": SCHEMA, "kind": "store", **index})
 
 
 def hash_shards(pairs: Any) -> dict[str, str]:

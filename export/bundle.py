@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from distill.progress import stamped_lines
 from export.artefacts import PRECISIONS, TARGETS, Maker
 from export.latency_gate import processor
 from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples, text_encoder
@@ -255,12 +256,7 @@ def _move(work: Path, place: Path) -> None:
 def main(argv: list[str]) -> int:
     """`mclip export CHECKPOINT BUNDLE --pairs PAIRS`."""
     config = tyro.cli(ExportConfig, args=argv, prog="mclip export", description="Export a checkpoint to a proven bundle.")
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        sys.stderr.write(f"[{time.perf_counter() - started:6.1f} s] {line}\n")
-        sys.stderr.flush()
-
+    say, started = stamped_lines(), time.perf_counter()
     manifest = export_bundle(config, say)
     total = sum(facts.bytes for facts in manifest.files.values())
     say(f"bundle {config.bundle}: {sum(a.status == 'proven' for a in manifest.artefacts)} artefacts proven, {total / 1e6:.1f} MB")

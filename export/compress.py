@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,14 @@ from typing import Annotated, Any
 import tyro
 
 from distill.evaluate import TorchEncoder
+from distill.progress import stamped_lines
 from export.prune import prune_ffn
 from export.towers import choose_rows, read_samples
-from mobileclip.checkpoint import file_sha256, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt, write_json
+from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.model import ImageTextModel, count_parameters
 from runtime.errors import CheckpointError, RecipeError
 from runtime.evaluation import retrieval
+from runtime.files import file_sha256, write_json
 from runtime.pairs import open_pairs
 
 SCHEMA = 1
@@ -176,13 +177,7 @@ def _finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
 def main(argv: list[str]) -> int:
     """`mclip compress CKPT OUT --calibrate PAIRS --store STORE`."""
     config = tyro.cli(CompressConfig, args=argv, prog="mclip compress", description="Prune a checkpoint and recover it from the store.")
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        sys.stderr.write(f"[{time.perf_counter() - started:6.1f} s] {line}\n")
-        sys.stderr.flush()
-
-    report = compress(config, say)
+    report = compress(config, stamped_lines())
     if config.json:
         sys.stdout.write(json.dumps({"checkpoint": str(config.out), **report}) + "\n")
     return 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from export.towers import Encoder
 from runtime.errors import ParityError
+from runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -191,10 +192,7 @@ def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Path:
     """Write under a temporary name, then rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(serialize(model))
-    os.replace(temporary, path)
-    return path
+    return write_whole(path, serialize(model))
 
 
 class OnnxEncoder:

@@ -5,7 +5,6 @@ A folder without a valid receipt was not finished; it is never half-loaded.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from mobileclip.config import ModelConfig, config_from_dict, config_to_dict
 from mobileclip.model import ImageTextModel
 from runtime.errors import CheckpointError
+from runtime.files import file_sha256, write_json
 from runtime.preprocess import PreprocessConfig
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -180,15 +180,3 @@ def open_tokenizer(folder: str | os.PathLike[str], config: ModelConfig | None = 
 
     text = (config or read_config(folder)).text
     return Tokenizer.open(Path(folder) / "tokenizer.json", context_length=text.context_length, cleaning=text.cleaning, pad_id=text.pad_id)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON under a temporary name and rename it, so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import BundleError
+from runtime.files import file_sha256
 
 if TYPE_CHECKING:
     from runtime.manifest import Artefact, FileFacts, Manifest
@@ -72,7 +73,7 @@ def _verify_file(path: Path, facts: FileFacts) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
-    _compare(path, facts, size, lambda: file_sha256(path))
+    _compare(path, facts, size, lambda: hash_file(path))
 
 
 def _compare(path: Path, facts: FileFacts, size: int, sha256: Callable[[], str]) -> None:
@@ -94,9 +95,9 @@ def walk_files(folder: Path) -> Iterator[str]:
                 yield inner
 
 
-def file_sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """`file_sha256` whose failure names the bundle's file."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); remove it or export the bundle again") from error

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtime.bundle_files import MANIFEST, artefact_files, file_sha256, verify_files, walk_files
+from runtime.bundle_files import MANIFEST, artefact_files, hash_file, verify_files, walk_files
 from runtime.errors import BundleError, CheckpointError
+from runtime.files import write_whole
 from runtime.preprocess import PreprocessConfig
 
 SCHEMA = 1
@@ -174,7 +175,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
         BundleError: the manifest contradicts itself or the folder.
     """
     folder = Path(folder)
-    files = {name: FileFacts(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(walk_files(folder))}
+    files = {name: FileFacts(sha256=hash_file(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(walk_files(folder))}
     artefacts = tuple(replace(a, bytes=sum(files[name].bytes for name in artefact_files(a, files)) if a.path else None) for a in manifest.artefacts)
     manifest = replace(manifest, files=files, artefacts=artefacts)
     document = {key: value for key, value in asdict(manifest).items()}
@@ -186,15 +187,8 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
     zeros = b'"manifest_sha256": "' + b"0" * 64 + b'"'
     raw = raw.replace(zeros, zeros.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode()))
     written = _parse(raw, folder / MANIFEST)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.manifest.part"
-    try:
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # The part stands outside the bundle: left over by a kill, it would be a stranger there.
+    write_whole(folder / MANIFEST, raw, part=folder.parent / f".{folder.name}.{os.getpid()}.manifest.part")
     return written
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import BundleError, ClipError, ImageError, PairsError
+from runtime.files import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,14 +62,10 @@ _NAME = {"image": "path", "text": "text"}
 def _save(out: Path, found: dict[str, np.ndarray], names: dict[str, list[str]]) -> None:
     from safetensors.numpy import save
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(save(found, metadata={kind: json.dumps(values) for kind, values in names.items()}))
-        os.replace(temporary, out)
+        write_whole(out, save(found, metadata={kind: json.dumps(values) for kind, values in names.items()}))
     except OSError as error:
         raise ClipError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def classify(argv: list[str]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suites.stages import MemoryWatch, StageError, Stages, tree_bytes
+from runtime.files import write_json
 
 TEACHERS = {"lite0": "tf_efficientnet_lite0", "lite1": "tf_efficientnet_lite1"}
 
@@ -93,7 +93,7 @@ def run_demo(config: DemoConfig) -> tuple[dict[str, Any], str]:
         peak_memory_gib=round(max(memory.peak / 2**30, previous), 2),
         disk_gb=round(tree_bytes(out) / 1e9, 3),
     )
-    _write_json(place.summary, summary)
+    write_json(place.summary, summary)
     return summary, table
 
 
@@ -104,7 +104,7 @@ def _claim(out: Path, config: DemoConfig) -> None:
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
         raise StageError(f"'{out}' holds a demo with other settings ({path.read_text(encoding='utf-8').strip()}); choose another --out or remove the folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, facts)
+    write_json(path, facts)
 
 
 def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
@@ -144,6 +144,7 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     # teacher learns its larger input and goes the same way. The exporter times int8 against fp32 in strict turns, so that the neighbour
     # meets both alike.
     stages.chains(lambda: _finish_student(config, place, stages), lambda: _finish_teacher(config, place, stages))
+
 
 def _finish_student(config: DemoConfig, place: Layout, stages: Stages) -> None:
     seed, index = ["--seed", str(config.seed)], place.store / "index.json"
@@ -210,19 +211,13 @@ def _measure(config: DemoConfig, place: Layout, stages: Stages) -> tuple[dict[st
     for name, bundle, results, seconds in benches:
         stages.run(name, [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds]], inputs=[bundle / "manifest.json"], outputs=[results])
     tables, summary = figures.tables(place, stages.seconds())
-    _write_json(place.tables, tables)
+    write_json(place.tables, tables)
     stages.run(
         "report",
         [["mobileclip.cli", "report", *(str(results) for _, _, results, _ in benches), "--run", str(place.out), "-o", str(place.report)]],
         inputs=[place.tables, *(results for _, _, results, _ in benches)], outputs=[place.report],
     )  # fmt: skip
     return summary, figures.as_text(tables)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _say(line: str) -> None:

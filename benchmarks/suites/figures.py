@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime.evaluation import Encoder, Gallery, embed_gallery, retrieval, zero_shot
+from runtime.files import write_json
 from runtime.metrics import paired_recall_test
 from runtime.pairs import Pairs, open_pairs
 
@@ -171,9 +171,7 @@ def evaluation_path(out: Path, name: str) -> Path:
 def _write(out: Path, name: str, result: dict[str, Any]) -> None:
     path = evaluation_path(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({"model": name, **result}), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {"model": name, **result})
 
 
 def load_evaluations(out: Path) -> dict[str, dict[str, Any]]:

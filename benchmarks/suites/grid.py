@@ -9,7 +9,6 @@ validation recall@5 on trained concepts of the averaged weights at the end. The 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from benchmarks.suites.stages import Stages
 from distill.train import TrainConfig
+from runtime.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,7 @@ def run_grid(config: GridConfig) -> dict[str, Any]:
     for recipe in config.recipes:
         best = max((cell for cell in found if cell["recipe"] == recipe), key=lambda cell: cell["recall@5_trained"])
         summary |= {f"best_{recipe}_learning_rate": best["learning_rate"], f"best_{recipe}_batch_size": best["batch_size"], f"best_{recipe}_recall5": best["recall@5_trained"]}
-    temporary = out / f".summary.{os.getpid()}"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "summary.json")
+    write_json(out / "summary.json", summary)
     return summary
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from runtime.errors import ClipError
+from runtime.files import write_json
 
 
 class StageError(ClipError):
@@ -92,28 +93,12 @@ class Stages:
         try:
             run_side_by_side(commands, self.out / "logs" / name, crowded=self.crowded)
         except BaseException:
-            self._write(receipt, {"unfinished": digest, "spent": spent + time.monotonic() - started})
+            write_json(receipt, {"unfinished": digest, "spent": spent + time.monotonic() - started})
             raise
         seconds = round(spent + time.monotonic() - started, 1)
-        self._write(receipt, {"digest": digest, "seconds": seconds, "commands": [list(command) for command in commands]})
+        write_json(receipt, {"digest": digest, "seconds": seconds, "commands": [list(command) for command in commands]})
         self.say(f"{name}: {seconds:.0f} s")
         return seconds
-
-    def once(self, name: str, inputs: Sequence[Path], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The JSON-ready result of `work`, computed once for the same inputs and kept in the stage's receipt."""
-        receipt = self.folder / f"{name}.json"
-        digest = self._digest([[name]], inputs)
-        found = self._read(receipt)
-        if found.get("digest") == digest:
-            self.say(f"{name}: done before, in {found['seconds']:.0f} s")
-            return dict(found["result"])
-        self.say(f"{name} …")
-        started = time.monotonic()
-        result = work()
-        seconds = round(time.monotonic() - started, 1)
-        self._write(receipt, {"digest": digest, "seconds": seconds, "result": result})
-        self.say(f"{name}: {seconds:.0f} s")
-        return result
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every finished stage."""
@@ -131,11 +116,6 @@ class Stages:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
-
-    def _write(self, path: Path, facts: dict[str, Any]) -> None:
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
 
 
 def _die_with_parent() -> None:

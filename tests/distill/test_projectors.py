@@ -24,8 +24,9 @@ from distill.projectors import (
     teacher_config,
     text_state,
 )
-from mobileclip.checkpoint import file_sha256, load_checkpoint
+from mobileclip.checkpoint import load_checkpoint
 from runtime.errors import CheckpointError, MissingExtraError, PairsError
+from runtime.files import file_sha256
 from runtime.pairs import open_pairs, write_shard
 from runtime.tokenizer import Tokenizer
 from tests.distill.test_reinforce import picture

@@ -21,8 +21,8 @@ from distill.augment import AugmentSpec
 from distill.reinforce import ReinforceConfig, reinforce
 from distill.reinforce_worker import view_parameters
 from distill.store import open_store
-from distill.store_writing import file_sha256
 from runtime.errors import ClipError, PairsError, RecipeError, StoreError
+from runtime.files import file_sha256
 from runtime.pairs import open_pairs, write_shard
 from tests.distill import tiny_teachers
 

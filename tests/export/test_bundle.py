@@ -20,8 +20,8 @@ import pytest
 import export.artefacts
 from export.bundle import ExportConfig, export_bundle, main, parse_targets
 from export.latency_gate import Ratio
-from mobileclip.checkpoint import file_sha256
 from runtime.errors import BundleError, CheckpointError, PairsError, ParityError, RecipeError
+from runtime.files import file_sha256
 from runtime.manifest import read_manifest
 from runtime.selfcheck import selfcheck
 

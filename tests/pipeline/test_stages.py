@@ -85,19 +85,6 @@ def test_chains_run_at_the_same_time_and_pass_their_error_on(stages, tmp_path):
     assert counter.read_text() == "1"
 
 
-def test_results_are_kept_for_the_same_inputs(stages, tmp_path):
-    source, calls = tmp_path / "input", []
-    source.write_text("a")
-
-    def work() -> dict[str, int]:
-        calls.append(1)
-        return {"calls": len(calls)}
-
-    assert [stages.once("r", [source], work)["calls"] for _ in range(2)] == [1, 1]
-    source.write_text("b")
-    assert stages.once("r", [source], work)["calls"] == 2
-
-
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_child_behind(stages, tmp_path, signal_):
     mark = tmp_path / "mark"

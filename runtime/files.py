@@ -1,0 +1,35 @@
+"""Files that a reader sees whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes, *, part: Path | None = None) -> Path:
+    """Write `data` to `part` (a hidden name beside `path`), flush it to the disk and rename it: the old file stays until the new one is complete."""
+    path = Path(path)
+    part = part or path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> Path:
+    """`write_whole` for a value that JSON can hold."""
+    return write_whole(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
