@@ -95,7 +95,7 @@ def bundle_facts(path: Path) -> dict[str, Any]:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    index = _read_json(path / "index.json", StoreError)
+    index = read_json(path / "index.json", StoreError)
     if index.get("kind") != "store" or not isinstance(index.get("parts"), list):
         raise StoreError(f"{path / 'index.json'} is of kind {index.get('kind')!r}, expected a store's index with parts; reinforce again")
     listed = {}
@@ -103,7 +103,7 @@ def _store(path: Path) -> dict[str, Any]:
         if not isinstance(part, dict) or not isinstance(part.get("path"), str):
             raise StoreError(f"{path / 'index.json'}: parts[{n}] names no file; reinforce again")
         listed[part["path"]] = part
-    size = _verify(path, listed, StoreError, "index.json")
+    size = verify_files(path, listed, StoreError, "index.json")
     teachers = [
         {key: teacher.get(key) for key in ("name", "dim", "logit_scale", "licence")} for teacher in index.get("teachers", []) if isinstance(teacher, dict)
     ]
@@ -114,14 +114,14 @@ def _store(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    config = _read_json(path / "config.json", CheckpointError)
+    config = read_json(path / "config.json", CheckpointError)
     if not (path / "receipt.json").is_file():
         raise CheckpointError(f"{path} has no receipt.json: writing it was interrupted; run the stage that makes it again")
-    receipt = _read_json(path / "receipt.json", CheckpointError)
+    receipt = read_json(path / "receipt.json", CheckpointError)
     files = receipt.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{path / 'receipt.json'} lists no files; write the checkpoint again")
-    size = _verify(path, files, CheckpointError, "receipt.json")
+    size = verify_files(path, files, CheckpointError, "receipt.json")
     weights = path / "model.safetensors"
     parameters = _count_parameters(weights) if weights.is_file() else None
     rest = {key: value for key, value in receipt.items() if key not in ("files", "kind", "schema")}
@@ -159,9 +159,9 @@ def _count_parameters(path: Path) -> dict[str, int]:
 
 
 def _sample(path: Path) -> dict[str, Any]:
-    receipt = _read_json(path / "sample.json", PairsError)
+    receipt = read_json(path / "sample.json", PairsError)
     listed = {**receipt.get("shards", {}), **receipt.get("files", {})}
-    size = _verify(path, listed, PairsError, "sample.json")
+    size = verify_files(path, listed, PairsError, "sample.json")
     facts = {key: value for key, value in receipt.items() if key not in ("shards", "files", "kind")}
     return {"kind": "sample", "path": str(path), "sample": receipt.get("kind"), "verified": len(listed), "bytes": size, **facts}
 
@@ -173,9 +173,9 @@ def _pairs(path: Path) -> dict[str, Any]:
     verified = 0
     receipt = path.parent / "sample.json"
     if receipt.is_file():
-        shards = _read_json(receipt, PairsError).get("shards", {})
+        shards = read_json(receipt, PairsError).get("shards", {})
         own = {name: facts for name, facts in shards.items() if Path(name).parent.as_posix() == path.name}
-        _verify(path.parent, own, PairsError, "sample.json")
+        verify_files(path.parent, own, PairsError, "sample.json")
         verified = len(own)
     counts: Counter[str] = Counter()
     for row in range(len(pairs)):
@@ -236,7 +236,7 @@ _KINDS: list[tuple[tuple[str, ...], Callable[[Path], dict[str, Any]]]] = [
 ]
 
 
-def _read_json(path: Path, error_class: type[ClipError]) -> dict[str, Any]:
+def read_json(path: Path, error_class: type[ClipError]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -246,7 +246,7 @@ def _read_json(path: Path, error_class: type[ClipError]) -> dict[str, Any]:
     return value
 
 
-def _verify(folder: Path, listed: dict[str, Any], error_class: type[ClipError], by: str) -> int:
+def verify_files(folder: Path, listed: dict[str, Any], error_class: type[ClipError], by: str) -> int:
     """Hash the listed files (relative path -> {"sha256", "bytes"?}); returns the sum of their sizes."""
     total = 0
     for name, facts in listed.items():
