@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,10 @@ def facts_of(path: str) -> dict[str, Any]:
     return inspect_path(place)
 
 
-def weights_facts(path: Path, hints: tuple[str, ...] = ()) -> dict[str, Any]:
+def weights_facts(path: Path) -> dict[str, Any]:
     """Layout, model, size and preprocessing of a weights file, from its names and shapes.
 
     A file of another model has null as layout and model, and `unrecognised` says why.
-
-    Args:
-        hints: names that may tell apart models of the same architecture, the best first; the path's own follow.
 
     Raises:
         CheckpointError: no weights file, or damaged.
@@ -72,7 +68,7 @@ def weights_facts(path: Path, hints: tuple[str, ...] = ()) -> dict[str, Any]:
     facts["parameters"] = count_parameters(entries, found.layout)
     if not found.names:
         return facts
-    config = PRESETS[best_name(found, [*hints, *_hints(path)])]
+    config = PRESETS[best_name(found, _hints(path))]
     image, text = config.image, config.text
     facts |= {
         "model": config.name,
@@ -84,7 +80,7 @@ def weights_facts(path: Path, hints: tuple[str, ...] = ()) -> dict[str, Any]:
         "sources": list(config.sources),
     }  # fmt: skip
     if len(found.names) > 1:
-        facts["note"] = f"{', '.join(found.names)} have the same tensors; only the names of the file, its folder or the hub's repository tell them apart"
+        facts["note"] = f"{', '.join(found.names)} have the same tensors; only names tell them apart: a receipt's, the file's, timm's tag, the folders'"
     if found.layout != "timm":
         facts |= {"context_length": text.context_length, "vocabulary": text.vocab_size, "text_mask": text.mask, "text_pool": text.pool}
     return facts
@@ -131,16 +127,16 @@ def _folder(folder: Path) -> dict[str, Any]:
         verified, rest = len(files), {key: value for key, value in receipt.items() if key not in ("files", "kind", "schema")}
     path = find_weights(folder)
     size = sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file())
-    told = [str(source[key]) for source in (receipt, _json(folder / "config.json")) for key in ("model", "name", "architecture") if source.get(key)]
     facts = {"kind": "weights", "path": str(folder), "verified": verified, "bytes": size, "file": path.name}
-    return facts | weights_facts(path, tuple(told)) | ({"receipt": rest} if rest else {})
+    return facts | weights_facts(path) | ({"receipt": rest} if rest else {})
 
 
 def _hints(path: Path) -> list[str]:
-    """The file's name, its folder's, and the repository's when it lies in the hub's cache."""
+    """What may name the model, the most telling first: a receipt, the file's name, timm's tag, the folders (the hub's cache has the repository's name)."""
     path = path.absolute()
-    cached = [match[1].replace("--", "/") for part in path.parts if (match := re.fullmatch(r"models--(.+)", part))]
-    return [path.name, *cached, path.parent.name]
+    receipt, config = _json(path.with_name("receipt.json")), _json(path.with_name("config.json"))
+    tag = config["pretrained_cfg"].get("tag") if isinstance(config.get("pretrained_cfg"), dict) else None
+    return [hint for hint in (receipt.get("model"), path.name, tag, *reversed(path.parts[1:-1])) if isinstance(hint, str)]
 
 
 def _json(path: Path) -> dict[str, Any]:

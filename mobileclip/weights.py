@@ -137,7 +137,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         from mobileclip.torch_pickle import open_pickle
 
         return _named(path, open_pickle(path))
-    expected = read_header(path)
+    read_header(path)  # says what is wrong in words of its own, where the library gives a code
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -146,7 +146,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
         raise MissingExtraError(error.name or "torch", "train", f"reading the tensors of '{path}'") from None
     try:
-        return _named(path, {name: tensor for name, tensor in load_file(path).items() if name in expected})
+        return _named(path, load_file(path))
     except (SafetensorError, OSError, AttributeError) as error:
         raise CheckpointError(f"'{path}' cannot be read as safetensors ({error}); download it again") from None
 

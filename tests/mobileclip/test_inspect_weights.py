@@ -58,7 +58,7 @@ def files(pocket, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("weights")
     hollow(folder / "open_clip" / "open_clip_model.safetensors", "mobileclip2_s0", "open_clip")
     hollow(folder / "timm" / "model.safetensors", "mobileclip2_s0", "timm")
-    write_json(folder / "timm" / "config.json", {"architecture": "fastvit_mci0"})
+    write_json(folder / "timm" / "config.json", {"architecture": "fastvit_mci0", "pretrained_cfg": {"tag": "apple_mclip2_dfndr2b"}})
     state = {f"module.{name}": tensor.half() if tensor.is_floating_point() else tensor for name, tensor in pocket.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": state}, folder / "epoch_1.pt")
     return {
@@ -111,10 +111,10 @@ def test_an_image_tower_alone_has_no_text_facts(files):
     facts = facts_of(str(files["timm"]))
     assert facts["layout"] == "timm"
     assert facts["file"] == "model.safetensors"
-    assert facts["names"] == ["mobileclip_s0", "mobileclip2_s0"]
+    assert (facts["names"], facts["model"]) == (["mobileclip_s0", "mobileclip2_s0"], "mobileclip2_s0")  # by timm's tag
     assert facts["parameters"]["image"] == facts["parameters"]["total"]
     assert not {"context_length", "text_mask"} & set(facts)
-    assert "only the names of the file, its folder or the hub's repository tell them apart" in facts["note"]
+    assert "only names tell them apart" in facts["note"]
 
 
 def test_the_place_tells_models_of_one_architecture_apart(files, tmp_path):
@@ -128,6 +128,18 @@ def test_the_place_tells_models_of_one_architecture_apart(files, tmp_path):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).symlink_to(files["timm"] / "model.safetensors")
         assert facts_of(str(tmp_path / place))["model"] == expected, place
+
+
+def test_what_convert_writes_is_inspected_as_what_it_is(tmp_path):
+    from mobileclip.conversion import convert
+
+    model = build(PRESETS["mobileclip2_s0"])
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    save_file(model.state_dict(), tmp_path / "mobileclip2_s0.safetensors")
+    convert(tmp_path / "mobileclip2_s0.safetensors", tmp_path / "timm", to="timm")  # like a checkpoint of ours: config.json, model.safetensors, receipt.json
+    facts = facts_of(str(tmp_path / "timm"))
+    assert (facts["kind"], facts["layout"], facts["model"], facts["verified"]) == ("weights", "timm", "mobileclip2_s0", 2)
 
 
 def test_a_folder_that_convert_wrote_is_verified(pocket, tmp_path, capsys):
