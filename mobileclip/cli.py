@@ -16,7 +16,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compress": ("export.compress:main", "prune a checkpoint and recover it from the store"),
     "export": ("export.bundle:main", "convert a checkpoint to a proven bundle"),
     "verify": ("runtime.shell:verify", "run a bundle's parity gate on this machine"),
-    "inspect": ("runtime.shell:inspect", "say what a folder or file is, and check its hashes"),
+    "inspect": ("mobileclip.inspection:main", "say what a folder or file is, and check its hashes"),
     "models": ("mobileclip.models:main", "list the model presets"),
     "embed": ("runtime.shell:embed", "embeddings of pictures and texts"),
     "classify": ("runtime.shell:classify", "probabilities of labels for a picture"),
