@@ -24,10 +24,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from distill.frozen_tower import MICRO_BATCH, frozen
 from distill.progress import progress
 from distill.projector_training import Features, Projectors, Settings, calibrate, recall_at, train_projectors
 from distill.store_writing import hash_shards
-from distill.teachers import MICRO_BATCH, folded
 from mobileclip.checkpoint import load_state, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
 from mobileclip.model import ImageTextModel
@@ -228,13 +228,13 @@ def read_features(model: ImageTextModel, pairs: Pairs, title: str, limit: int = 
     Pairs whose picture does not decode or whose caption is not UTF-8 are left out and counted.
     """
     config = preprocess_config(model.config)
-    trunk = folded(model.image.trunk, config.image_size)
+    trunk = frozen(model.image.trunk, config.image_size)
     captions, pictures, rows, skipped = [], [], [], 0
     waiting: list[Any] = []
 
     def flush() -> None:
         if waiting:
-            pictures.append(trunk(torch.from_numpy(preprocess(waiting, config)).contiguous(memory_format=torch.channels_last)))
+            pictures.append(trunk(torch.from_numpy(preprocess(waiting, config))))
             waiting.clear()
 
     chosen = range(len(pairs)) if not limit else sorted({int(row) for row in torch.linspace(0, len(pairs) - 1, min(limit, len(pairs)))})

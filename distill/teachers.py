@@ -6,9 +6,7 @@ Shapes: B = batch, S = the teacher's image size, D = its dimension.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from distill.frozen_tower import MICRO_BATCH, frozen
 from distill.store import TeacherFacts
 from distill.store_writing import unit
 from runtime.errors import CheckpointError, MissingExtraError, StoreError
 from runtime.preprocess import PreprocessConfig, normalise, preprocess
-
-logger = logging.getLogger(__name__)
-
-MICRO_BATCH = 16
-"""Pictures a forward pass: measured for EfficientNet-lite at 128 px on one core, 64 at once takes twice the time a picture."""
 
 
 class TorchTeacher:
@@ -49,7 +42,7 @@ class TorchTeacher:
         if pixels.shape[-1] != self.image_size:
             raise StoreError(f"teacher '{self.facts.name}' takes views of {self.image_size} px, was given {pixels.shape[-1]} px")
         out = [
-            self._image(torch.from_numpy(pixels[start : start + MICRO_BATCH]).contiguous(memory_format=torch.channels_last)).numpy()
+            self._image(torch.from_numpy(pixels[start : start + MICRO_BATCH])).numpy()
             for start in range(0, len(pixels), MICRO_BATCH)
         ]
         return unit(np.concatenate(out)) if out else np.zeros((0, self.facts.dim), np.float32)
@@ -100,7 +93,7 @@ def open_checkpoint(folder: Path) -> TorchTeacher:
         sha256=receipt["files"]["model.safetensors"]["sha256"], micro_batch=MICRO_BATCH,
         preprocessing={**_preprocessing(image), "context_length": text.context_length, "tokenizer": receipt["files"]["tokenizer.json"]["sha256"]},
     )  # fmt: skip
-    return TorchTeacher(facts, image, folded(model.image, image.image_size), model.text, project, open_tokenizer(folder, config), trim)
+    return TorchTeacher(facts, image, frozen(model.image, image.image_size), model.text, project, open_tokenizer(folder, config), trim)
 
 
 class _OpenClipText(nn.Module):
@@ -139,7 +132,7 @@ def open_open_clip(name: str, pretrained: str | None) -> TorchTeacher:
         licence="as published with the weights" if pretrained else "none (random weights)", source=f"open_clip {open_clip.__version__}",
         preprocessing={**_preprocessing(image), "context_length": int(getattr(model, "context_length", 77)), "tokenizer": name},
     )  # fmt: skip
-    image_tower = folded(model.visual, size) if isinstance(getattr(model, "visual", None), nn.Module) else model.encode_image
+    image_tower = frozen(model.visual, size) if isinstance(getattr(model, "visual", None), nn.Module) else model.encode_image
     return TorchTeacher(
         known, image, image_tower, _OpenClipText(model), nn.Identity(), lambda texts: tokenizer(list(texts)).numpy(), lambda tokens: tokens
     )
@@ -149,29 +142,6 @@ def _preprocessing(config: PreprocessConfig) -> dict[str, Any]:
     return {
         "image_size": config.image_size, "mean": list(config.mean), "std": list(config.std), "interpolation": config.interpolation, "crop_pct": config.crop_pct,
     }  # fmt: skip
-
-
-@torch.inference_mode()
-def folded(module: nn.Module, image_size: int) -> nn.Module:
-    """The same image tower with every BatchNorm folded into the convolution before it, in eval mode, channels last.
-
-    Siblings in a module are taken to be called one after the other; a noise picture is tried before and after, and where that
-    gives another answer the tower is returned as it was.
-    """
-    fast = copy.deepcopy(module).eval()
-    for parent in list(fast.modules()):
-        names = list(parent._modules)
-        for first, second in zip(names, names[1:], strict=False):
-            conv, norm = parent._modules[first], parent._modules[second]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.num_features == conv.out_channels:
-                parent._modules[first] = fuse_conv_bn_eval(conv, norm)
-                parent._modules[second] = getattr(norm, "act", nn.Identity())
-    noise = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    expected, found = module.eval()(noise), fast(noise)
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-        logger.info("batch norms are left as they are: folding changed the output by %.2g", float((found - expected).abs().max()))
-        fast = module
-    return fast.to(memory_format=torch.channels_last)
 
 
 def state_hash(module: nn.Module) -> str:

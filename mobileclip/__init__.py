@@ -14,7 +14,7 @@ _NAMES = {
     "ModelConfig": "mobileclip.config",
     "ImageConfig": "mobileclip.config",
     "TextConfig": "mobileclip.config",
-    "PRESETS": "mobileclip.config",
+    "PRESETS": "mobileclip.presets",
     "ImageTextModel": "mobileclip.model",
     "create_model": "mobileclip.models",
     "create_model_and_transforms": "mobileclip.models",

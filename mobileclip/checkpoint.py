@@ -114,7 +114,7 @@ def load_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> I
         raise CheckpointError(f"'{folder}' has no receipt.json: writing it was interrupted; run the stage that makes it again")
     if verify:
         verify_receipt(folder)
-    model = _build_folded(config) if config.folded else ImageTextModel(config)
+    model = build(config)
     try:
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -123,12 +123,33 @@ def load_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> I
     return model.eval()
 
 
-def _build_folded(config: ModelConfig) -> ImageTextModel:
+def build(config: ModelConfig) -> ImageTextModel:
+    """The model of a config with memory for its weights but no values in it, to be filled by `load_state`; folded where the config says so.
+
+    Random initialisation takes most of the time of making a large model, and loading overwrites it.
+    """
     import dataclasses
 
-    from mobileclip.reparameterize import reparameterize
+    from mobileclip.reparameterize import fold
 
-    return reparameterize(ImageTextModel(dataclasses.replace(config, folded=False)))[0]
+    def make() -> ImageTextModel:
+        model = ImageTextModel(dataclasses.replace(config, folded=False))
+        if config.folded:
+            fold(model)
+        return model
+
+    with torch.device("meta"):
+        model = make()
+    # Buffers that no checkpoint holds must be computed again; a module that cannot is built with its values at once.
+    computed = {path for path, module in model.named_modules() if module._non_persistent_buffers_set & {name for name, value in module._buffers.items() if value is not None}}
+    if all(hasattr(model.get_submodule(path), "init_non_persistent_buffers") for path in computed):
+        model = model.to_empty(device="cpu")
+        for path in computed:
+            model.get_submodule(path).init_non_persistent_buffers()
+    else:
+        model = make()
+    model.config = config
+    return model
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -1,7 +1,4 @@
-"""What a model is made of, as plain data: everything that a checkpoint's config.json holds.
-
-Presets live in `PRESETS`, one entry a model, exact names only.
-"""
+"""What a model is made of, as plain data: everything that a checkpoint's config.json holds (presets: `mobileclip.presets`)."""
 
 from __future__ import annotations
 
@@ -46,6 +43,13 @@ class TextConfig:
     width: int = 512
     heads: int = 8
     layers: int = 12
+    """Attention blocks. An "mct" tower has two convolutional ones beside."""
+    kind: Literal["transformer", "mct"] = "transformer"
+    """"mct": a RepMixer block over the tokens before and after the attention blocks (MobileCLIP, section 4.2; v1 S0 only)."""
+    conv_kernel: int = 11
+    """Tokens that a RepMixer block of an "mct" tower looks at."""
+    embedding_dim: int = 0
+    """Width of the token embedding; 0 means `width`. A smaller one is followed by a linear map to `width` (ALBERT, section 3.1)."""
     mlp_ratio: float = 4.0
     mask: Literal["causal", "pad", "none"] = "none"
     """"none" lets padding take part (Apple's S models: always pad to context_length)."""
@@ -86,6 +90,10 @@ class ModelConfig:
             raise CheckpointError(
                 f"model '{self.name}': text width {self.text.width} is not a multiple of its {self.text.heads} heads; change one of them"
             )
+        if self.text.kind == "mct" and (self.text.mask != "none" or self.text.conv_kernel % 2 == 0):
+            raise CheckpointError(
+                f"model '{self.name}': an mct text tower has no mask and an odd conv_kernel, found mask '{self.text.mask}' and conv_kernel {self.text.conv_kernel}"
+            )
         if self.embed_dim < 1 or self.image.image_size < 16 or self.text.context_length < 4:
             raise CheckpointError(
                 f"model '{self.name}': embed_dim {self.embed_dim}, image_size {self.image.image_size} and context_length "
@@ -118,48 +126,3 @@ def config_from_dict(data: dict[str, Any], where: str = "config.json") -> ModelC
         return ModelConfig(image=ImageConfig(**image), text=TextConfig(**text), **data)
     except TypeError as error:
         raise CheckpointError(f"{where}: {error}; the file was written by another version or by hand") from None
-
-
-_APPLE = "Apple ML Research Model Terms of Use (research only, derivatives included)"
-_OURS = "MIT (weights trained here; the data's licences are in the receipt)"
-
-PRESETS: dict[str, ModelConfig] = {
-    "mobileclip2_s0": ModelConfig(
-        name="mobileclip2_s0", embed_dim=512, licence=_APPLE,
-        image=ImageConfig(backbone="fastvit_mci0"), text=TextConfig(mask="none"),
-    ),
-    "mobileclip_s1": ModelConfig(
-        name="mobileclip_s1", embed_dim=512, licence=_APPLE,
-        image=ImageConfig(backbone="fastvit_mci1"), text=TextConfig(mask="none"),
-    ),
-    "mobileclip_s2": ModelConfig(
-        name="mobileclip_s2", embed_dim=512, licence=_APPLE,
-        image=ImageConfig(backbone="fastvit_mci2"), text=TextConfig(mask="none"),
-    ),
-    "mobileclip_b": ModelConfig(
-        name="mobileclip_b", embed_dim=512, licence=_APPLE,
-        image=ImageConfig(backbone="vit_base_mci_224", backbone_args={"global_pool": "token"}, image_size=224),
-        text=TextConfig(mask="causal"),
-    ),
-    "pocket_s": ModelConfig(
-        name="pocket_s", embed_dim=256, licence=_OURS,
-        image=ImageConfig(backbone="pocket", backbone_args={"dims": [24, 48, 160], "depths": [0, 1, 1], "mlp_ratio": 2.0}, image_size=64),
-        text=TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal"),
-    ),
-    "pocket_m": ModelConfig(
-        name="pocket_m", embed_dim=256, licence=_OURS,
-        image=ImageConfig(backbone="pocket", backbone_args={"dims": [32, 64, 192], "depths": [1, 2, 3], "mlp_ratio": 3.0}, image_size=96),
-        text=TextConfig(context_length=24, vocab_size=8192, width=192, heads=6, layers=3, mask="causal"),
-    ),
-}
-
-
-def preset(name: str) -> ModelConfig:
-    """The preset of exactly this name.
-
-    Raises:
-        CheckpointError: unknown name; the known ones are listed.
-    """
-    if name not in PRESETS:
-        raise CheckpointError(f"unknown model '{name}'; known presets are {', '.join(PRESETS)}, or give a checkpoint folder")
-    return PRESETS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -11,48 +12,104 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mobileclip.config import PRESETS, ModelConfig, config_to_dict, preset
+from mobileclip.config import ModelConfig, config_to_dict
+from mobileclip.presets import FAMILY, PRESETS, preset
+from runtime.errors import CheckpointError
 
 
-def create_model(name: str | os.PathLike[str] | ModelConfig, pretrained: str | os.PathLike[str] | None = None) -> Any:
+def create_model(name: str | os.PathLike[str] | ModelConfig, pretrained: str | os.PathLike[str] | None = None, *, allow_nonfinite: bool = False) -> Any:
     """An `ImageTextModel` in eval mode.
 
     Args:
-        name: a preset's name, a checkpoint folder, or a config.
-        pretrained: a checkpoint folder, or an open_clip state dict (.safetensors or .pt) for a preset. None: random weights.
+        name: a preset in any spelling ("mobileclip2_s0", "MobileCLIP2-S0", "apple/MobileCLIP2-S0"), a config, or simply what
+            holds the weights: a checkpoint folder, a file in any layout, "hf-hub:owner/name". Which model and layout a file
+            is in is found out.
+        pretrained: where the weights are, when `name` names the model. None: random weights.
+        allow_nonfinite: take weights with NaN or infinite values as they are.
 
     Raises:
-        CheckpointError: unknown name, or weights that do not fit.
+        CheckpointError: unknown name, weights of another model, damaged or unreachable ones; the message says what to do.
+
+    Example:
+        >>> model = create_model("mobileclip2_s0")                                # random weights
+        >>> model = create_model("MobileCLIP-S2", "mobileclip_s2.pt")             # doctest: +SKIP
+        >>> model = create_model("hf-hub:apple/MobileCLIP2-S0")                   # doctest: +SKIP
     """
-    from mobileclip.checkpoint import load_checkpoint, load_state
     from mobileclip.model import ImageTextModel
 
-    if not isinstance(name, ModelConfig) and os.path.isdir(name):
-        return load_checkpoint(name)
-    config = name if isinstance(name, ModelConfig) else preset(str(name))
+    if isinstance(name, ModelConfig):
+        config = name
+    elif is_place(name):
+        if pretrained is not None:
+            raise CheckpointError(f"'{name}' holds weights and pretrained is '{pretrained}'; give one of the two, or a model's name first")
+        return load_pretrained(name, allow_nonfinite=allow_nonfinite)
+    else:
+        config = preset(str(name))
     if pretrained is None:
         return ImageTextModel(config).eval()
-    if os.path.isdir(pretrained):
-        return load_checkpoint(pretrained)
-    model = ImageTextModel(config)
-    load_state(model, _foreign_state(Path(pretrained)), where=str(pretrained))
+    return load_pretrained(pretrained, config, allow_nonfinite=allow_nonfinite)
+
+
+def is_place(name: str | os.PathLike[str]) -> bool:
+    """Whether this says where weights are, and not which model."""
+    text = os.fspath(name)
+    return text.startswith(("hf-hub:", "hf_hub:", "http://", "https://")) or os.path.isdir(text) or Path(text).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+def load_pretrained(place: str | os.PathLike[str], config: ModelConfig | None = None, *, allow_nonfinite: bool = False) -> Any:
+    """The model that a checkpoint folder, weights file or hub id holds, in eval mode; folded if it was written folded.
+
+    Args:
+        config: what it is expected to be; None takes what is found.
+
+    Raises:
+        CheckpointError: as `create_model`.
+    """
+    from mobileclip.checkpoint import build, load_checkpoint, load_state
+    from mobileclip.convert import to_ours
+    from mobileclip.hub import resolve
+    from mobileclip.layouts import best_name, recognise
+    from mobileclip.weights import find_weights, read_weights
+
+    path = resolve(place)
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file() and (path / "receipt.json").is_file():
+        model = load_checkpoint(path)
+        if config is not None and (model.config.image.backbone, model.config.embed_dim) != (config.image.backbone, config.embed_dim):
+            raise CheckpointError(f"'{place}' holds '{model.config.name}', not '{config.name}'; leave the name out, or give that model's weights")
+        return model
+    file = find_weights(path) if path.is_dir() else path
+    state = read_weights(file, allow_nonfinite=allow_nonfinite)
+    found = recognise({key: tuple(tensor.shape) for key, tensor in state.items()}, str(file))
+    if found.layout == "timm":
+        raise CheckpointError(f"'{file}' holds an image tower alone; make a model and give it to load_image_tower(model, path)")
+    if found.layout == "ours" and not found.names and config is None:
+        raise CheckpointError(f"'{file}' is in our layout but of no preset; give its checkpoint folder, whose config.json says what it is")
+    if config is None:
+        config = preset(best_name(found, (str(place), file.name)))
+    elif config.name in FAMILY and config.name not in found.names:
+        raise CheckpointError(f"'{file}' holds {' or '.join(found.names)}, not '{config.name}'; give that name, or the file of '{config.name}'")
+    config = dataclasses.replace(config, folded=found.folded)
+    model = build(config)
+    load_state(model, state if found.layout == "ours" else to_ours(state, found.layout, config, str(file)), where=str(file))
     return model.eval()
 
 
-def _foreign_state(path: Path) -> dict[str, Any]:
-    import torch
-    from safetensors.torch import load_file
+def load_image_tower(model: Any, place: str | os.PathLike[str]) -> Any:
+    """`model` with the image tower of a timm file (the projection included), which must be of the model's own architecture.
 
-    from mobileclip.convert import from_open_clip
-    from runtime.errors import CheckpointError
+    Raises:
+        CheckpointError: the file holds something else; the model is untouched.
+    """
+    from mobileclip.checkpoint import load_state
+    from mobileclip.convert import to_ours
+    from mobileclip.hub import resolve
+    from mobileclip.weights import find_weights, read_weights
 
-    if not path.is_file():
-        raise CheckpointError(f"pretrained '{path}' does not exist; give a checkpoint folder or an open_clip .safetensors or .pt file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"'{path}' cannot be read as weights ({error}); expected safetensors or a state dict that loads with weights_only=True") from None
-    return from_open_clip(state.get("state_dict", state))
+    path = resolve(place)
+    file = find_weights(path) if path.is_dir() else path
+    tower = to_ours(read_weights(file), "timm", model.config, str(file))
+    load_state(model, {**model.state_dict(), **tower}, where=str(file))
+    return model
 
 
 def create_model_and_transforms(
@@ -99,22 +156,73 @@ def get_tokenizer(name: str | os.PathLike[str]) -> Callable[[str | list[str]], A
 
 
 def main(argv: list[str]) -> int:
-    """`mclip models`: the presets with their sizes, preprocessing and licence. Needs no torch."""
+    """`mclip models`: the presets with their sizes, preprocessing, layouts and licence."""
     parser = argparse.ArgumentParser(prog="mclip models", description="List the model presets.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
     args = parser.parse_args(argv)
+    rows = model_rows()
     if args.json:
-        sys.stdout.write(json.dumps({name: config_to_dict(config) for name, config in PRESETS.items()}) + "\n")
+        sys.stdout.write(json.dumps({row["name"]: {**row, "config": config_to_dict(PRESETS[row["name"]])} for row in rows}) + "\n")
         return 0
-    rows = [("model", "image tower", "pixels", "mean / std", "text", "tokens", "mask", "dim", "licence of the weights")]
-    for name, config in PRESETS.items():
-        image, text = config.image, config.text
-        rows.append((
-            name, image.backbone, str(image.image_size), f"{image.mean[0]:g} / {image.std[0]:g}", f"{text.layers}x{text.width}",
-            str(text.context_length), text.mask, str(config.embed_dim), config.licence,
-        ))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
+    cells = [list(COLUMNS), *([COLUMNS[column](row) for column in COLUMNS] for row in rows)]
+    if args.markdown:
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        sys.stdout.write("\n".join([lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]]) + "\n")
+        return 0
+    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
+    for row in cells:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
     return 0
 
+
+def model_rows() -> list[dict[str, Any]]:
+    """Facts of every preset. Parameters are counted on the folded model, as it is deployed; no weights are made."""
+    import torch
+
+    from mobileclip.convert import check_layout
+    from mobileclip.layouts import LAYOUTS
+    from mobileclip.model import ImageTextModel, count_parameters
+    from mobileclip.reparameterize import fold
+
+    def holds(config: ModelConfig, layout: str) -> bool:
+        try:
+            check_layout(layout, config)
+        except CheckpointError:
+            return False
+        return True
+
+    rows, counted = [], {}
+    for name, config in PRESETS.items():
+        # Many variants share an architecture.
+        shape = repr((config.image.backbone, config.image.backbone_args, dataclasses.replace(config.text, mask="none")))
+        if shape not in counted:
+            with torch.device("meta"):
+                model = ImageTextModel(config).eval()
+                before = count_parameters(model)["total"]
+                fold(model)
+            counted[shape] = {**count_parameters(model), "before": before}
+        counts = counted[shape]
+        rows.append({
+            "name": name, "image_parameters": counts["image"], "text_parameters": counts["text"], "parameters_in_training": counts["before"],
+            "image_tower": config.image.backbone, "image_size": config.image.image_size, "mean": list(config.image.mean), "std": list(config.image.std),
+            "interpolation": config.image.interpolation, "text_tower": f"{config.text.kind} {config.text.layers}x{config.text.width}",
+            "context_length": config.text.context_length, "vocab_size": config.text.vocab_size, "mask": config.text.mask, "embed_dim": config.embed_dim,
+            "layouts": [layout for layout in LAYOUTS if holds(config, layout)], "licence": config.licence,
+        })  # fmt: skip
+    return rows
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda row: row["name"],
+    "params M img + txt": lambda row: f"{row['image_parameters'] / 1e6:.1f} + {row['text_parameters'] / 1e6:.1f}",
+    "image tower": lambda row: row["image_tower"],
+    "pixels": lambda row: f"{row['image_size']} {row['interpolation']}",
+    "mean / std": lambda row: "0 / 1" if not any(row["mean"]) else "OpenAI's" if abs(row["mean"][0] - 0.4815) < 1e-3 else f"{row['mean'][0]:g} / {row['std'][0]:g}",
+    "text tower": lambda row: row["text_tower"],
+    "tokens": lambda row: str(row["context_length"]),
+    "mask": lambda row: row["mask"],
+    "dim": lambda row: str(row["embed_dim"]),
+    "layouts": lambda row: ", ".join(row["layouts"]),
+    "licence of the weights": lambda row: row["licence"].partition(" (")[0],
+}

@@ -1,7 +1,8 @@
 """The text tower: a transformer over token ids.
 
 Shapes: B = batch, T = tokens (at most context_length), W = width, N = heads, D = embed_dim.
-Pre-norm with EOT pooling is CLIP's text encoder (Radford et al. 2021, section 2.4); post-norm with mean pooling is BERT.
+Pre-norm with EOT pooling is CLIP's text encoder (Radford et al. 2021, section 2.4); post-norm with mean pooling is BERT;
+"mct" adds convolutional blocks (`mobileclip.token_mixer`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mobileclip.config import TextConfig
 from mobileclip.projection import make_projection
+from mobileclip.token_mixer import RepMixerBlock
 
 MASKED = -1e4  # finite, so that the mask survives fp16 and compilers that fold infinities into NaN
 
@@ -64,15 +66,25 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        narrow = config.embedding_dim or config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, narrow)
+        self.embedding_projection: nn.Module = nn.Linear(narrow, config.width, bias=False) if narrow != config.width else nn.Identity()
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.ln_embedding: nn.Module = nn.LayerNorm(config.width, eps=config.layer_norm_eps) if config.embedding_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks: list[nn.Module] = [Block(config) for _ in range(config.layers)]
+        if config.kind == "mct":
+            blocks = [RepMixerBlock(config.width, config.mlp_ratio, config.conv_kernel), *blocks, RepMixerBlock(config.width, config.mlp_ratio, config.conv_kernel)]
+        self.blocks = nn.ModuleList(blocks)
         self.ln_final: nn.Module = nn.LayerNorm(config.width, eps=config.layer_norm_eps) if config.norm == "pre" else nn.Identity()
         self.projection = make_projection(config.projection, config.width, config.projection_hidden, embed_dim)
-        causal = torch.full((config.context_length, config.context_length), MASKED).triu(1)
-        self.register_buffer("causal_bias", causal if config.mask == "causal" else None, persistent=False)
+        self.init_non_persistent_buffers()
         self.reset_parameters()
+
+    def init_non_persistent_buffers(self) -> None:
+        """The mask, which follows from the config; named as timm's modules name this act."""
+        length = self.config.context_length
+        causal = torch.full((length, length), MASKED).triu(1) if self.config.mask == "causal" else None
+        self.register_buffer("causal_bias", causal, persistent=False)
 
     def reset_parameters(self) -> None:
         """CLIP's initialisation (openai/CLIP model.py): output layers shrink with depth."""
@@ -80,7 +92,12 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         out_std = width**-0.5 * (2 * layers) ** -0.5
+        if isinstance(self.embedding_projection, nn.Linear):
+            nn.init.normal_(self.embedding_projection.weight, std=self.embedding_projection.in_features**-0.5)
         for block in self.blocks:
+            if isinstance(block, RepMixerBlock):
+                block.reset_parameters()
+                continue
             nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
             nn.init.normal_(block.attn.out.weight, std=out_std)
             nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
@@ -97,7 +114,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         T = tokens.shape[1]
-        x_BTW = self.ln_embedding(self.token_embedding(tokens) + self.positional_embedding[:T])
+        x_BTW = self.ln_embedding(self.embedding_projection(self.token_embedding(tokens)) + self.positional_embedding[:T])
         bias: Tensor | None = None
         if self.config.mask == "causal":
             bias = self.causal_bias[:T, :T].to(x_BTW.dtype)

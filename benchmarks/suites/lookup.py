@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.baselines import lookup, thumbnail_baseline
-from distill.teachers import MICRO_BATCH, folded
+from distill.frozen_tower import MICRO_BATCH, frozen
 from mobileclip.checkpoint import load_checkpoint, preprocess_config
 from runtime.evaluation import embed_gallery
 from runtime.pairs import Pairs, open_pairs
@@ -25,12 +24,12 @@ class FrozenFeatures:
     def __init__(self, checkpoint: Path) -> None:
         model = load_checkpoint(checkpoint)
         self.config = preprocess_config(model.config)
-        self.trunk: nn.Module = folded(model.image.trunk, self.config.image_size)
+        self.trunk = frozen(model.image.trunk, self.config.image_size)
 
     @torch.inference_mode()
     def encode_image(self, images: Sequence[Any]) -> np.ndarray:
         pixels = torch.from_numpy(preprocess(list(images), self.config))
-        parts = [self.trunk(pixels[n : n + MICRO_BATCH].contiguous(memory_format=torch.channels_last)).numpy() for n in range(0, len(pixels), MICRO_BATCH)]
+        parts = [self.trunk(pixels[n : n + MICRO_BATCH]).numpy() for n in range(0, len(pixels), MICRO_BATCH)]
         return np.concatenate(parts)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from distill import frozen_tower
 from distill.ensemble import Teacher, check_output, encode_texts, encode_views, open_teacher
-from distill.teachers import folded
+from distill.frozen_tower import fold_norms, frozen
 from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
 from mobileclip.model import ImageTextModel
@@ -106,14 +107,20 @@ def test_teachers_with_one_text_trunk_share_its_features(tmp_path: Path, monkeyp
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-def test_folding_keeps_the_output_or_is_left_out() -> None:
+def test_frozen_towers_keep_the_output_or_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     model = calibrated(tiny_config("pad")).image
     pixels = torch.from_numpy(preprocess(pictures(4), preprocess_config(tiny_config("pad"))))
     with torch.inference_mode():
-        fast = folded(model, SIZE)
-        assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fast.modules())
+        assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fold_norms(model).modules())
         assert any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules())
+        fast = frozen(model, SIZE)
+        assert "_onnx" in fast.__qualname__
         assert torch.allclose(fast(pixels), model(pixels), rtol=1e-3, atol=1e-4)
+        assert torch.equal(fast(pixels[:1]), fast(pixels[:1]))
+        monkeypatch.setattr(frozen_tower, "_onnx", lambda module, noise: 1 / 0)
+        slow = frozen(model, SIZE)
+        assert "_torch" in slow.__qualname__
+        assert torch.allclose(slow(pixels), model(pixels), rtol=1e-3, atol=1e-4)
 
     class Crossed(torch.nn.Module):
         """The norm stands behind the convolution but is called before it: folding would be wrong."""
@@ -127,7 +134,10 @@ def test_folding_keeps_the_output_or_is_left_out() -> None:
             return self.conv(self.norm(x)).relu().mean((2, 3))
 
     crossed = Crossed().eval()
-    assert folded(crossed, 16) is crossed
+    noise = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert not torch.allclose(fold_norms(crossed)(noise), crossed(noise))
+        assert torch.allclose(frozen(crossed, 16)(noise), crossed(noise), atol=1e-5)
 
 
 def test_an_open_clip_teacher_equals_open_clip() -> None:

@@ -17,8 +17,9 @@ from export.bundle import ExportConfig, export_bundle
 from export.towers import Samples, read_samples
 from export.verify import Reference, reference_of
 from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
-from mobileclip.config import ImageConfig, ModelConfig, TextConfig, preset
+from mobileclip.config import ImageConfig, ModelConfig, TextConfig
 from mobileclip.model import ImageTextModel
+from mobileclip.presets import preset
 from mobileclip.reparameterize import structured_images
 from runtime.pairs import open_pairs, write_shard
 

@@ -10,8 +10,8 @@ from onnx import numpy_helper
 from export.to_onnx import OnnxEncoder, serialize
 from export.towers import choose_rows
 from export.verify import THRESHOLDS, Parity, Reference, check, failure, measure, reference_of, require_spread, spread
-from mobileclip.config import preset
 from mobileclip.model import ImageTextModel
+from mobileclip.presets import preset
 from runtime.errors import ParityError
 
 

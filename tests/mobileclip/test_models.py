@@ -6,41 +6,19 @@ import copy
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mobileclip
 from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, save_checkpoint
-from mobileclip.config import PRESETS, ImageConfig, ModelConfig, TextConfig, config_from_dict, config_to_dict
-from mobileclip.convert import from_open_clip, to_open_clip
+from mobileclip.config import ImageConfig, ModelConfig, TextConfig, config_from_dict, config_to_dict
 from mobileclip.model import ImageTextModel
+from mobileclip.presets import PRESETS
 from mobileclip.reparameterize import reparameterize, structured_images
 from runtime.errors import CheckpointError
 
-OPEN_CLIP_NAMES = {"mobileclip2_s0": "MobileCLIP2-S0", "mobileclip_s1": "MobileCLIP-S1", "mobileclip_s2": "MobileCLIP-S2", "mobileclip_b": "MobileCLIP-B"}
-
-
-def calibrate(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """Give BatchNorm real statistics and layer scales a visible size: a fresh model maps every picture to one embedding."""
-    for name, parameter in model.named_parameters():
-        if "layer_scale" in name or name.endswith("gamma"):
-            torch.nn.init.constant_(parameter, 0.2)
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    with torch.no_grad():
-        model.encode_image(images)
-    model.eval()
-
-
-def spread(embeddings: torch.Tensor) -> float:
-    cosines = embeddings @ embeddings.T
-    n = len(embeddings)
-    return float((cosines.sum() - cosines.diagonal().sum()) / (n * n - n))
+from .structured import calibrate
 
 
 @pytest.fixture(scope="module")
@@ -49,53 +27,6 @@ def pocket() -> ImageTextModel:
     model = mobileclip.create_model("pocket_s")
     calibrate(model, structured_images(16, 64))
     return model
-
-
-@pytest.mark.parametrize("name", ["mobileclip2_s0", *(pytest.param(name, marks=pytest.mark.slow) for name in list(OPEN_CLIP_NAMES)[1:])])
-def test_same_embeddings_as_open_clip_on_copied_weights(name):
-    import open_clip
-
-    torch.manual_seed(1)
-    peer = open_clip.create_model(OPEN_CLIP_NAMES[name]).eval()
-    size = PRESETS[name].image.image_size
-    images = structured_images(4, size, seed=3)
-    calibrate(peer, images)
-    ours = mobileclip.create_model(name)
-    from mobileclip.checkpoint import load_state
-
-    load_state(ours, from_open_clip(peer.state_dict()), where="open_clip")
-    texts = ["a cat", "two dogs on a beach!", "", "x" * 400]
-    tokens = open_clip.get_tokenizer(OPEN_CLIP_NAMES[name])(texts)
-    with torch.inference_mode():
-        theirs = peer.encode_image(images, normalize=True), peer.encode_text(tokens, normalize=True)
-        mine = ours.encode_image(images), ours.encode_text(tokens.int())
-    assert spread(theirs[0]) < 0.99
-    for a, b in zip(theirs, mine, strict=True):
-        assert (a - b).abs().max() < 1e-5
-        assert (a * b).sum(-1).min() > 0.999999
-    np.testing.assert_array_equal(mobileclip.get_tokenizer(name)(texts).numpy(), tokens.numpy())
-
-
-def test_open_clip_keys_there_and_back(pocket):
-    state = pocket.state_dict()
-    back = from_open_clip(to_open_clip(state))
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
-
-
-def test_open_clip_file_loads_and_a_wrong_one_lists_every_key(tmp_path):
-    torch.manual_seed(0)
-    model = mobileclip.create_model("pocket_s")
-    theirs = {key: tensor.clone() for key, tensor in to_open_clip(model.state_dict()).items()}
-    save_file(theirs, tmp_path / "ok.safetensors")
-    loaded = mobileclip.create_model("pocket_s", tmp_path / "ok.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
-    del theirs["text.positional_embedding"]
-    theirs["logit_scale"] = torch.zeros(3)
-    theirs["surplus"] = torch.zeros(1)
-    save_file(theirs, tmp_path / "bad.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing text.positional_embedding.*shape of logit_scale is \(3,\).*unexpected surplus"):
-        mobileclip.create_model("pocket_s", tmp_path / "bad.safetensors")
 
 
 def test_pickles_that_run_code_are_refused(tmp_path):
@@ -207,7 +138,7 @@ def test_config_refuses(change, message):
 
 
 def test_unknown_names_are_refused_in_one_sentence():
-    with pytest.raises(CheckpointError, match="known presets are mobileclip2_s0"):
+    with pytest.raises(CheckpointError, match="known presets are mobileclip_s0"):
         mobileclip.create_model("mobileclip9")
     bad = ModelConfig(name="x", embed_dim=8, image=ImageConfig(backbone="no_such_net", image_size=32), text=TextConfig(width=16, heads=2, layers=1))
     with pytest.raises(CheckpointError, match="unknown to timm"):
