@@ -72,7 +72,7 @@ def load_pretrained(place: str | os.PathLike[str], config: ModelConfig | None = 
     from mobileclip.weights import find_weights, read_weights
 
     path = resolve(place)
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file() and (path / "receipt.json").is_file():
+    if _is_checkpoint(path):
         model = load_checkpoint(path)
         if config is not None and (model.config.image.backbone, model.config.embed_dim) != (config.image.backbone, config.embed_dim):
             raise CheckpointError(f"'{place}' holds '{model.config.name}', not '{config.name}'; leave the name out, or give that model's weights")
@@ -92,6 +92,16 @@ def load_pretrained(place: str | os.PathLike[str], config: ModelConfig | None = 
     model = build(config)
     load_state(model, state if found.layout == "ours" else to_ours(state, found.layout, config, str(file)), where=str(file))
     return model.eval()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is a folder in our layout; one that `mclip convert` wrote for others has a receipt of another kind."""
+    if not (path / "config.json").is_file() or not (path / "receipt.json").is_file():
+        return False
+    try:
+        return bool(json.loads((path / "receipt.json").read_text(encoding="utf-8")).get("kind") == "checkpoint")
+    except (OSError, ValueError, AttributeError):
+        return True  # damaged: loading it says how
 
 
 def load_image_tower(model: Any, place: str | os.PathLike[str]) -> Any:

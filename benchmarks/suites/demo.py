@@ -131,35 +131,38 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
           "--augmentations", str(config.augmentations), "--workers", "2", *seed]],
         inputs=[*receipt, *teacher_receipts], outputs=[place.store / "index.json"],
     )  # fmt: skip
-    index = [place.store / "index.json"]
-    data = ["--pairs", str(place.train), "--store", str(place.store), "--validation", str(place.validation), "--samples", str(config.samples), *seed]
-    stages.run(
-        "train",
-        [["mobileclip.cli", "train", *data, "--out", str(out), "--recipe", recipe] for out, recipe in ((place.student, "reinforced"), (place.plain, "plain"))],
-        inputs=index, outputs=[place.student / "receipt.json", place.plain / "receipt.json"],
-    )  # fmt: skip
     if photographs.is_alive():
         photographs.join()
-    # Two chains, one core each: the student loses a quarter of its feed-forward widths, becomes a bundle and is evaluated while the sample
-    # teacher learns its larger input and goes the same way. The exporter times int8 against fp32 in strict turns, so that the neighbour
-    # meets both alike.
-    stages.chains(lambda: _finish_student(config, place, stages), lambda: _finish_teacher(config, place, stages))
+    # Two chains, one core each, of about the same length: the reinforced student is trained, loses a quarter of its feed-forward
+    # widths, becomes a bundle and is evaluated, while the plain student and the sample teacher at its larger input go their ways.
+    # The exporter times int8 against fp32 in strict turns, so that the neighbour meets both alike.
+    stages.chains(lambda: _student(config, place, stages), lambda: _rest(config, place, stages))
 
 
-def _finish_student(config: DemoConfig, place: Layout, stages: Stages) -> None:
-    seed, index = ["--seed", str(config.seed)], place.store / "index.json"
+def _train(recipe: str, out: Path, config: DemoConfig, place: Layout, stages: Stages) -> None:
+    stages.run(
+        f"train-{out.name}",
+        [["mobileclip.cli", "train", "--pairs", str(place.train), "--store", str(place.store), "--validation", str(place.validation),
+          "--samples", str(config.samples), "--seed", str(config.seed), "--out", str(out), "--recipe", recipe]],
+        inputs=[place.store / "index.json"], outputs=[out / "receipt.json"],
+    )  # fmt: skip
+
+
+def _student(config: DemoConfig, place: Layout, stages: Stages) -> None:
+    _train("reinforced", place.student, config, place, stages)
     stages.run(
         "compress",
         [["mobileclip.cli", "compress", str(place.student), str(place.pruned), "--calibrate", str(place.train), "--store", str(place.store),
-          "--validation", str(place.validation), "--recover-samples", str(config.recover_samples), *seed]],
-        inputs=[index, place.student / "receipt.json"], outputs=[place.pruned / "receipt.json"],
+          "--validation", str(place.validation), "--recover-samples", str(config.recover_samples), "--seed", str(config.seed)]],
+        inputs=[place.store / "index.json", place.student / "receipt.json"], outputs=[place.pruned / "receipt.json"],
     )  # fmt: skip
     _export(place.pruned, place.bundle, "256", "onnx,coreml,tensorrt", config, place, stages)
-    for group in ("students", "teachers"):
-        _evaluate(group, [place.bundle / "manifest.json", place.student / "receipt.json", place.plain / "receipt.json"], place, stages)
+    _evaluate("students", [place.bundle / "manifest.json", place.student / "receipt.json"], place, stages)
 
 
-def _finish_teacher(config: DemoConfig, place: Layout, stages: Stages) -> None:
+def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
+    _train("plain", place.plain, config, place, stages)
+    _evaluate("plain", [place.plain / "receipt.json"], place, stages)
     limit = ["--limit", "2400"]
     stages.run(
         "teacher-224",
@@ -169,6 +172,7 @@ def _finish_teacher(config: DemoConfig, place: Layout, stages: Stages) -> None:
     targets, samples = ("onnx", "24") if config.quick else ("onnx,coreml,tensorrt", "128")
     _export(place.teacher_checkpoint, place.teacher_bundle, samples, targets, config, place, stages)
     _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
+    _evaluate("teachers", [place.teacher(name) / "receipt.json" for name in TEACHERS], place, stages)
 
 
 def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: DemoConfig, place: Layout, stages: Stages) -> None:

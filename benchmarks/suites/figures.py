@@ -109,9 +109,8 @@ def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
 
 GROUPS = {
     "teachers": ("teacher lite0", "teacher lite1", "teacher ensemble", "baselines"),
-    "students": (
-        "student, reinforced", "student, plain", "student, pruned 25 %", "bundle fp32", "bundle int8", "bundle Core ML fp16",
-    ),
+    "students": ("student, reinforced", "student, pruned 25 %", "bundle fp32", "bundle int8", "bundle Core ML fp16"),
+    "plain": ("student, plain",),
     "sample": ("sample teacher fp32", "sample teacher int8"),
 }  # fmt: skip
 
@@ -176,8 +175,7 @@ def _write(out: Path, name: str, result: dict[str, Any]) -> None:
 
 def load_evaluations(out: Path) -> dict[str, dict[str, Any]]:
     """Every evaluated model's result, in the order of the tables."""
-    models = [name for group in GROUPS.values() for name in group if name != "baselines"]
-    order = ["thumbnail lookup", "lite0 feature lookup", "thumbnail lookup, clean", "lite0 lookup, clean", *models]
+    order = ["thumbnail lookup", "lite0 feature lookup", "thumbnail lookup, clean", "lite0 lookup, clean", *evaluations(out)]
     return {name: json.loads(evaluation_path(out, name).read_text(encoding="utf-8")) for name in order if evaluation_path(out, name).exists()}
 
 
