@@ -62,7 +62,7 @@ class Layout:
         places = {
             "train": "pairs/train", "validation": "pairs/validation", "test": "pairs/test", "stamps": "stamps", "store": "store",
             "student": "ckpt/student", "plain": "ckpt/plain", "pruned": "ckpt/pruned", "bundle": "bundle", "teacher_bundle": "teacher-bundle",
-            "teacher_checkpoint": "teachers/lite0-224", "results": "results.jsonl", "teacher_results": "teacher-results.jsonl", "report": "report.html",
+            "results": "results.jsonl", "teacher_results": "teacher-results.jsonl", "report": "report.html",
             "tables": "tables.json", "summary": "summary.json",
         }  # fmt: skip
         if name not in places:
@@ -163,14 +163,16 @@ def _student(config: DemoConfig, place: Layout, stages: Stages) -> None:
 def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
     _train("plain", place.plain, config, place, stages)
     _evaluate("plain", [place.plain / "receipt.json"], place, stages)
-    limit = ["--limit", "2400"]
-    stages.run(
-        "teacher-224",
-        [["distill.projectors", str(place.train), str(place.teacher_checkpoint), "--backbone", TEACHERS["lite0"], "--image-size", "224", *limit, "--seed", str(config.seed)]],
-        inputs=[place.out / "pairs/sample.json"], outputs=[place.teacher_checkpoint / "receipt.json"],
-    )  # fmt: skip
-    targets, samples = ("onnx", "24") if config.quick else ("onnx,coreml,tensorrt", "128")
-    _export(place.teacher_checkpoint, place.teacher_bundle, samples, targets, config, place, stages)
+    if config.quick:
+        _export(place.teacher("lite0"), place.teacher_bundle, "24", "onnx", config, place, stages)
+    else:
+        stages.run(
+            "teacher-224",
+            [["distill.projectors", str(place.train), str(place.teacher("lite0-224")), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--limit", "2400",
+              "--seed", str(config.seed)]],
+            inputs=[place.out / "pairs/sample.json"], outputs=[place.teacher("lite0-224") / "receipt.json"],
+        )  # fmt: skip
+        _export(place.teacher("lite0-224"), place.teacher_bundle, "128", "onnx,coreml,tensorrt", config, place, stages)
     _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
     _evaluate("teachers", [place.teacher(name) / "receipt.json" for name in TEACHERS], place, stages)
 
