@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export.bundle:main", "convert a checkpoint to a proven bundle"),
     "verify": ("runtime.shell:verify", "run a bundle's parity gate on this machine"),
     "inspect": ("mobileclip.inspection:main", "say what a folder or file is, and check its hashes"),
+    "convert": ("mobileclip.conversion:main", "rewrite weights in Apple's, open_clip's, timm's or our layout"),
     "models": ("mobileclip.models:main", "list the model presets"),
     "embed": ("runtime.shell:embed", "embeddings of pictures and texts"),
     "classify": ("runtime.shell:classify", "probabilities of labels for a picture"),
@@ -70,7 +71,10 @@ def run_verb(verb: str, argv: list[str]) -> int:
         return 1
 
 
-EXTRAS = {"sample": "sample", "reinforce": "train", "train": "train", "eval": "train", "compress": "export", "export": "export", "bench": "bench", "report": "bench", "demo": "all"}
+EXTRAS = {
+    "sample": "sample", "convert": "train", "reinforce": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
+    "bench": "bench", "report": "bench", "demo": "all",
+}  # fmt: skip
 
 
 def usage() -> str:
