@@ -31,7 +31,7 @@ class ImageTower(nn.Module):
         self.projection: nn.Module = (
             nn.Identity()
             if own_head
-            else make_projection(config.projection, pooled_width(self.trunk), config.projection_hidden, embed_dim)
+            else make_projection(config.projection, pooled_width(self.trunk, config.image_size), config.projection_hidden, embed_dim)
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -69,14 +69,11 @@ OWN_BACKBONES: dict[str, Callable[[dict[str, Any], int], nn.Module]] = {
 }
 
 
-def pooled_width(trunk: nn.Module) -> int:
-    """Width of the pooled features, measured: for some backbones timm's `num_features` is the width before the last expansion."""
-    size = 64
-    if hasattr(trunk, "patch_embed") and hasattr(trunk.patch_embed, "img_size") and trunk.patch_embed.img_size:
-        size = trunk.patch_embed.img_size[0]
+def pooled_width(trunk: nn.Module, image_size: int) -> int:
+    """Width of the pooled features, measured on a picture: for some backbones timm's `num_features` is the width before the last expansion."""
     training = trunk.training
     trunk.eval()
     with torch.no_grad():
-        width = int(trunk(torch.zeros(1, 3, size, size)).shape[-1])
+        width = int(trunk(torch.zeros(1, 3, image_size, image_size)).shape[-1])
     trunk.train(training)
     return width
