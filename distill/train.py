@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,11 +32,14 @@ from distill.losses import affinity_loss, clip_loss, ensemble_basis, ensemble_ta
 from distill.progress import progress
 from distill.recipes import Recipe, load_recipe
 from distill.store import Store, open_store
-from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
+from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, preprocess_config, read_config, save_checkpoint
 from mobileclip.config import ModelConfig, config_to_dict
+from mobileclip.inherit import inherit
 from mobileclip.model import ImageTextModel
 from mobileclip.models import create_model
-from runtime.errors import RecipeError, TrainingError
+from mobileclip.students import student_config
+from runtime.errors import CheckpointError, RecipeError, TrainingError
+from runtime.files import file_sha256
 from runtime.pairs import open_pairs
 from runtime.tokenizer import Tokenizer
 
@@ -45,6 +48,8 @@ logger = logging.getLogger(__name__)
 STATE = "state.safetensors"
 MAX_LOGIT_SCALE = 100.0
 BASIS_ROWS = 4096
+VARIATIONS = ("backbone", "image_size", "mask", "vocab_size", "embedding_dim")
+YOUNGER = (("kind", "transformer"), ("conv_kernel", 11), ("embedding_dim", 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +66,20 @@ class TrainConfig:
     """A name in distill/recipes.py or a JSON file."""
     model: str = "pocket_s"
     """A preset. Not used with `init`."""
+    backbone: str | None = None
+    """Image backbone instead of the preset's: a name of timm.list_models()."""
+    image_size: int | None = None
+    """Side of the pictures in pixels, instead of the preset's."""
+    mask: Literal["causal", "pad"] | None = None
+    """What a token of the text tower sees, instead of the preset's: those before it, or all but padding."""
+    vocab_size: int | None = None
+    """Ids of the token table (the first merges of CLIP's vocabulary), instead of the preset's: 514 to 49408."""
+    embedding_dim: int | None = None
+    """Width of the token table, instead of the preset's; a narrow one is followed by a linear map. 0: the tower's own width."""
     init: str | None = None
-    """A checkpoint folder to start from, instead of random weights."""
+    """A checkpoint folder to start from, instead of random weights. It says what the model is."""
+    inherit: str | None = None
+    """A checkpoint folder of a larger model whose layers and channels the student starts from, chosen by size (mobileclip/inherit.py)."""
     samples: int = 250_000
     """Pairs seen, the same one again counted again; captions read alone count as well."""
     seed: int = 0
@@ -78,6 +95,16 @@ class TrainConfig:
     """Overrides the recipe."""
     learning_rate: float | None = None
     """Overrides the recipe."""
+
+    def resolved_model(self) -> ModelConfig:
+        """What is trained: the checkpoint's model, or the preset with its variations."""
+        changes = {name: getattr(self, name) for name in VARIATIONS if getattr(self, name) is not None}
+        if self.init is None:
+            return student_config(self.model, **changes)
+        if changes or self.inherit is not None:
+            wrong = [f"--{name.replace('_', '-')}" for name in (*changes, *(["inherit"] if self.inherit is not None else []))]
+            raise RecipeError(f"--init goes on from a finished model and does not go with {', '.join(wrong)}; for another student with its weights, use --inherit alone")
+        return read_config(self.init)
 
     def resolved_recipe(self) -> Recipe:
         recipe = load_recipe(self.recipe)
@@ -141,7 +168,7 @@ def train(config: TrainConfig) -> Path:
         logger.info("%s is complete", out)
         return out
     torch.manual_seed(config.seed)
-    model, tokenizer_path = _make_model(config, out)
+    model, tokenizer_path, inherited = _make_model(config, out)
     data = ReinforcedPairs(pairs, store, preprocess_config(model.config), _tokenizer(model.config, tokenizer_path), seed=config.seed, caption_types=recipe.caption_types or None)
     average = _copy(model)
     run = Run(model=model, average=average, optimizer=_optimizer(model, recipe), averaging=Average(average, model))
@@ -152,7 +179,7 @@ def train(config: TrainConfig) -> Path:
     save_checkpoint(
         run.average.eval(), out, tokenizer=tokenizer_path,
         extra={"stage": "train", "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "fingerprint": fingerprint, "figures": figures,
-               "store_licences": sorted({teacher.licence for teacher in store.teachers}) if recipe.reinforced else []},
+               **inherited, "store_licences": sorted({teacher.licence for teacher in store.teachers}) if recipe.reinforced else []},
     )  # fmt: skip
     (out / STATE).unlink(missing_ok=True)
     return out
@@ -317,17 +344,19 @@ def _basis(store: Store, dim: int) -> Tensor:
     return ensemble_basis(both, dim)
 
 
-def _make_model(config: TrainConfig, out: Path) -> tuple[ImageTextModel, Path]:
-    """The student, and the path of its tokenizer.json."""
-    out.mkdir(parents=True, exist_ok=True)
+def _make_model(config: TrainConfig, out: Path) -> tuple[ImageTextModel, Path, dict[str, Any]]:
+    """The student, the path of its tokenizer.json, and what the receipt says about where its weights come from."""
     if config.init is not None:
-        return load_checkpoint(config.init), Path(config.init) / "tokenizer.json"
-    model = create_model(config.model)
-    path = out / "tokenizer.json"
-    if not path.exists():
-        temporary = build_tokenizer(model.config.text.vocab_size, out / f".tokenizer.{os.getpid()}.json")
-        os.replace(temporary, path)
-    return model, path
+        out.mkdir(parents=True, exist_ok=True)
+        return load_checkpoint(config.init), Path(config.init) / "tokenizer.json", {}
+    model, facts = create_model(config.resolved_model()), {}
+    if config.inherit is not None:
+        model, report = inherit(model, load_checkpoint(config.inherit))
+        facts = {"inherited": report.as_dict()}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "tokenizer.json"  # written again each time: one that is there may be of another vocabulary
+    os.replace(build_tokenizer(model.config.text.vocab_size, out / f".tokenizer.{os.getpid()}.json"), path)
+    return model, path, facts
 
 
 def _tokenizer(config: ModelConfig, path: Path) -> Tokenizer:
@@ -354,19 +383,25 @@ def _optimizer(model: ImageTextModel, recipe: Recipe) -> torch.optim.AdamW:
 
 def _fingerprint(config: TrainConfig, recipe: Recipe, store: Store) -> str:
     """Of everything that decides the weights; a folder continues only its own run."""
-    model = load_checkpoint(config.init).config if config.init else create_model_config(config.model)
+    model = config_to_dict(config.resolved_model())
+    # Settings that are younger than the first runs are facts where they say something: those runs stay the ones that they were.
+    model["text"] = {name: value for name, value in model["text"].items() if (name, value) not in YOUNGER}
     facts = {
-        "recipe": dataclasses.asdict(recipe), "model": config_to_dict(model), "samples": config.samples, "seed": config.seed,
-        "store": {"parts": store.index.get("parts"), "seed": store.index.get("seed")},
-        "init": hashlib.sha256((Path(config.init) / "model.safetensors").read_bytes()).hexdigest() if config.init else None,
+        "recipe": dataclasses.asdict(recipe), "model": model, "samples": config.samples, "seed": config.seed,
+        "store": {"parts": store.index.get("parts"), "seed": store.index.get("seed")}, "init": _weights_hash(config.init),
     }  # fmt: skip
+    if config.inherit is not None:
+        facts["inherit"] = _weights_hash(config.inherit)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def create_model_config(name: str) -> ModelConfig:
-    from mobileclip.config import preset
-
-    return preset(name)
+def _weights_hash(folder: str | None) -> str | None:
+    if folder is None:
+        return None
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"'{folder}' is not a checkpoint: it has no model.safetensors; give a folder that mclip train or mclip convert has written")
+    return file_sha256(path)
 
 
 def finished(out: Path, fingerprint: str | None = None) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +24,10 @@ from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.store import open_store
 from distill.train import Average, TrainConfig, encode_texts, learning_rate, train
 from mobileclip import create_model
-from mobileclip.checkpoint import build_tokenizer
-from runtime.errors import RecipeError, StoreError, TrainingError
+from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer
+from mobileclip.config import config_to_dict
+from mobileclip.presets import PRESETS
+from runtime.errors import CheckpointError, RecipeError, StoreError, TrainingError
 from runtime.pairs import open_pairs
 from runtime.preprocess import PreprocessConfig
 from runtime.tokenizer import Tokenizer
@@ -215,6 +219,102 @@ def test_bad_recipe_files(tmp_path, text, message):
 def test_unknown_recipe_names_the_known_ones():
     with pytest.raises(RecipeError, match="known are plain, reinforced, recovery"):
         load_recipe("reinforce")
+
+
+def test_a_varied_student_trains_and_continues_only_its_own_run(world, tmp_path):
+    changes = {"backbone": "mobilenetv4_conv_small_035", "image_size": 48, "mask": "pad", "vocab_size": 2048, "embedding_dim": 32, "samples": 64}
+    out = train(config(world, tmp_path / "out", **changes))
+    made = load_checkpoint(out)
+    assert made.config.name == "pocket_s+mobilenetv4_conv_small_035+48px+pad+2048tokens+32wide"
+    assert (made.config.image.image_size, made.config.text.mask) == (48, "pad")
+    assert made.text.token_embedding.weight.shape == (2048, 32)
+    assert open_tokenizer(out)(["a red disc"]).max() == 2047
+    weights = load_file(out / "model.safetensors")
+    assert same(weights, load_file(train(config(world, tmp_path / "again", **changes)) / "model.safetensors"))
+    for other in ({"image_size": 64}, {"mask": None}, {"vocab_size": 2056}, {"embedding_dim": None}, {"backbone": None}):
+        with pytest.raises(TrainingError, match="trained with other settings"):
+            train(config(world, out, **{**changes, **other}))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_written_again(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(world / "tokenizer.json", tmp_path / "out" / "tokenizer.json")  # what a run leaves that was killed before its first save
+    out = train(config(world, tmp_path / "out", vocab_size=1024, samples=16))
+    assert open_tokenizer(out)(["a red disc"]).max() == 1023
+
+
+def test_runs_from_before_there_were_variations_keep_their_fingerprint(world):
+    settings, store = config(world, world / "unused"), open_store(world / "store")
+    model = config_to_dict(PRESETS["pocket_s"])
+    model["text"] = {name: value for name, value in model["text"].items() if name not in ("kind", "conv_kernel", "embedding_dim")}
+    facts = {
+        "recipe": dataclasses.asdict(settings.resolved_recipe()), "model": model, "samples": 160, "seed": 0,
+        "store": {"parts": store.index.get("parts"), "seed": store.index.get("seed")}, "init": None,
+    }  # fmt: skip
+    expected = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    found = train_module._fingerprint(settings, settings.resolved_recipe(), store)
+    assert found == expected
+    same_thing = dataclasses.replace(settings, image_size=64, mask="causal", vocab_size=8192, embedding_dim=0, backbone="pocket")
+    assert train_module._fingerprint(same_thing, settings.resolved_recipe(), store) == expected
+
+
+@pytest.fixture(scope="module")
+def learned(world):
+    """A student that knows the world, to inherit from."""
+    return train(config(world, world / "learned", samples=800, learning_rate=3e-3))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_inherited_student_is_ahead_of_random_weights(world, learned, tmp_path, monkeypatch, seed):
+    base = PRESETS["pocket_s"]
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(
+        base, name="tiny", image=dataclasses.replace(base.image, backbone_args={"dims": [16, 32, 96], "depths": [0, 1, 1], "mlp_ratio": 2.0}),
+        text=dataclasses.replace(base.text, width=64, heads=2, layers=1, vocab_size=4096),
+    ))  # fmt: skip
+    losses = {}
+    for name, source in (("random", None), ("inherited", str(learned))):
+        out = train(config(world, tmp_path / name, model="tiny", inherit=source, samples=96, seed=seed))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss_terms"]["feature"] for line in lines if line["phase"] == "pairs"]
+    assert losses["inherited"][0] < 0.6 * losses["random"][0]
+    assert losses["inherited"][-1] < 0.5 * losses["random"][-1]
+    receipt = json.loads((tmp_path / "inherited" / "receipt.json").read_text())
+    report = receipt["inherited"]
+    assert report["source"] == "pocket_s"
+    assert report["text"]["parameters_inherited"] == report["text"]["parameters"]
+    assert report["text"]["blocks"] == {"text.blocks.0": "text.blocks.0"}
+    assert load_checkpoint(tmp_path / "inherited").config.sources == (f"weights inherited from pocket_s ({base.licence})",)
+    assert "inherited" not in json.loads((tmp_path / "random" / "receipt.json").read_text())
+    with pytest.raises(TrainingError, match="trained with other settings"):
+        train(config(world, tmp_path / "inherited", model="tiny", samples=96, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"init": "x", "inherit": "y"}, RecipeError, "--init goes on from a finished model and does not go with --inherit"),
+        ({"init": "x", "vocab_size": 4096, "mask": "pad"}, RecipeError, "does not go with --mask, --vocab-size"),
+        ({"inherit": "no/such/folder"}, CheckpointError, "has no model.safetensors"),
+        ({"init": "no/such/folder"}, CheckpointError, "is not a checkpoint"),
+        ({"backbone": "no_such_net"}, CheckpointError, "unknown to timm"),
+        ({"vocab_size": 100}, CheckpointError, "514"),
+    ],
+)
+def test_variations_that_do_not_fit_write_nothing(world, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(config(world, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_knows_the_variations(world, tmp_path, capsys):
+    from distill.train import main
+
+    argv = ["--pairs", str(world / "pairs"), "--store", str(world / "store"), "--out", str(tmp_path / "out"), "--recipe", str(world / "recipe.json"), "--samples", "16"]
+    assert main([*argv, "--image-size", "32", "--mask", "pad", "--vocab-size", "1024", "--embedding-dim", "16"]) == 0
+    assert load_checkpoint(tmp_path / "out").config.name == "pocket_s+32px+pad+1024tokens+16wide"
+    with pytest.raises(SystemExit):
+        main([*argv, "--mask", "none"])
+    capsys.readouterr()
 
 
 def test_plain_reads_no_teacher():
