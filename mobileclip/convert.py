@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mobileclip.config import ModelConfig, TextConfig, config_from_dict, config_to_dict
-from mobileclip.key_maps import Rule, our_name, their_name
+from mobileclip.key_maps import Rule, their_name
 from mobileclip.layouts import LAYOUTS, TITLES, TRUNKS, strip_prefix
 from runtime.errors import CheckpointError
 
@@ -159,21 +159,3 @@ def _shapes(config: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     with torch.device("meta"):
         model = build(config_from_dict(json.loads(config)))
     return tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
-
-
-def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names -> ours for any model; names that no rule knows stay as they are, and show up as unexpected on loading."""
-    ours = {}
-    for name, tensor in state.items():
-        renamed, rule = our_name(name, "open_clip") or (name, None)
-        ours[renamed] = tensor.T.contiguous() if rule and rule.turned else tensor
-    return ours
-
-
-def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> open_clip's for any model; the inverse of `from_open_clip`."""
-    theirs = {}
-    for name, tensor in state.items():
-        renamed, rule = their_name(name, "open_clip") or (name, None)
-        theirs[renamed] = tensor.T.contiguous() if rule and rule.turned else tensor
-    return theirs

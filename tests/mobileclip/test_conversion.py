@@ -127,6 +127,11 @@ def test_the_model_is_told_by_name_where_the_architecture_is_shared(apple, tmp_p
     renamed.parent.mkdir()
     renamed.symlink_to(apple)
     assert conversion.read_source(renamed).config.name == "mobileclip_b_lt"
+    monkeypatch.setattr("mobileclip.hub.resolve", lambda place: apple.rename(apple.with_name("model.pt")) if str(place).startswith("hf-hub:") else apple)
+    try:
+        assert conversion.read_source("hf-hub:apple/MobileCLIP-B-LT-OpenCLIP").config.name == "mobileclip_b_lt"
+    finally:
+        apple.with_name("model.pt").rename(apple)
     with pytest.raises(CheckpointError, match="is mobileclip2_s0 or mobileclip_b_lt, not 'mobileclip_s2'; leave the name out"):
         conversion.read_source(apple, name="mobileclip_s2")
 
