@@ -18,7 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("runtime.shell:verify", "run a bundle's parity gate on this machine"),
     "inspect": ("mobileclip.inspection:main", "say what a folder or file is, and check its hashes"),
     "convert": ("mobileclip.conversion:main", "rewrite weights in Apple's, open_clip's, timm's or our layout"),
-    "models": ("mobileclip.models:main", "list the model presets"),
+    "models": ("mobileclip.catalogue:main", "list the model presets"),
     "embed": ("runtime.shell:embed", "embeddings of pictures and texts"),
     "classify": ("runtime.shell:classify", "probabilities of labels for a picture"),
     "search": ("runtime.shell:search", "find pictures by text"),

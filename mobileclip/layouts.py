@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mobileclip.config import ModelConfig
+from mobileclip.config import ModelConfig, TextConfig
 from mobileclip.key_maps import our_name
 from mobileclip.presets import FAMILY, PRESETS, canonical_name
 from runtime.errors import CheckpointError
@@ -48,6 +48,10 @@ TRUNKS: dict[str, Tower] = {
     "vit_large_patch14_clip_224": ("CLIP's ViT", ((24, 1024, 4096),)),
 }
 """The image towers of Apple's variants, by their name in timm."""
+
+
+APPLE_TRUNKS = {"fastvit_mci0": "none", "fastvit_mci1": "none", "fastvit_mci2": "none", "vit_base_mci_224": "causal"}
+"""The image towers that Apple's package has, and the text mask that goes with each there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,3 +233,46 @@ def _mentions(hint: str, name: str) -> bool:
     words = re.sub(r"[^a-z0-9]+", "_", hint.lower())
     spellings = {name, name.replace("_b_lt", "_blt"), name.replace("_l_14", "_l14")}
     return any(re.search(rf"(?<![a-z0-9]){spelling}(?![a-z0-9])", words) for spelling in spellings)
+
+
+def check_layout(layout: str, config: ModelConfig) -> None:
+    """Refuse a model that a layout has no names for, and say why.
+
+    Raises:
+        CheckpointError: unknown layout, or the layout cannot hold this model.
+    """
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"unknown layout '{layout}'; known are {', '.join(LAYOUTS)}")
+    if layout == "ours":
+        return
+    image, text, title = config.image, config.text, f"{TITLES[layout]} cannot hold model '{config.name}'"
+    if image.backbone not in TRUNKS or image.projection != "head" or (image.backbone_args.keys() - {"global_pool"}):
+        raise CheckpointError(f"{title}: its image tower '{image.backbone}' is not one of MobileCLIP's ({', '.join(TRUNKS)}); keep it in ours")
+    if config.ffn_widths:
+        raise CheckpointError(f"{title}: {len(config.ffn_widths)} of its feed-forward layers have been pruned; keep it in ours, or convert the model before pruning")
+    if layout == "timm":
+        return
+    if layout == "apple" and image.backbone not in APPLE_TRUNKS:
+        raise CheckpointError(
+            f"{title}: Apple's package has no image tower '{image.backbone}', and Apple gives S3, S4 and L-14 away in open_clip's layout; convert to open_clip"
+        )
+    if layout == "open_clip" and text.kind == "mct":
+        raise CheckpointError(f"{title}: open_clip has no convolutional text tower (kind 'mct'), which only MobileCLIP-S0 has; convert to apple or ours")
+    if text.kind == "mct" and text.layers != 4:
+        raise CheckpointError(f"{title}: its convolutional text tower has {text.layers} attention blocks, Apple's has 4; keep it in ours")
+    odd = {name: value for name, value in _clip_settings(text).items() if value != _clip_settings(TextConfig())[name]}
+    if layout == "apple" and text.mask != APPLE_TRUNKS[image.backbone]:
+        odd["mask"] = f"{text.mask} (Apple's has {APPLE_TRUNKS[image.backbone]} beside this image tower)"
+    elif text.mask == "pad":
+        odd["mask"] = "pad"
+    if odd:
+        raise CheckpointError(f"{title}: its text tower is no CLIP encoder ({', '.join(f'{name} {value}' for name, value in odd.items())}); keep it in ours")
+
+
+def _clip_settings(text: TextConfig) -> dict[str, object]:
+    """The settings of a text tower that the other layouts take for granted."""
+    return {
+        "norm": text.norm, "pool": text.pool, "embedding_norm": text.embedding_norm, "projection": text.projection,
+        "embedding_dim": 0 if text.embedding_dim == text.width else text.embedding_dim, "layer_norm_eps": text.layer_norm_eps,
+        "tokenizer": text.tokenizer,
+    }  # fmt: skip

@@ -1,19 +1,17 @@
-"""Making models by name or from a checkpoint, and the table of presets."""
+"""Making models by name, from a checkpoint or from a file in any layout."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mobileclip.config import ModelConfig, config_to_dict
-from mobileclip.presets import FAMILY, PRESETS, preset
+from mobileclip.config import ModelConfig
+from mobileclip.presets import FAMILY, preset
 from runtime.errors import CheckpointError
 
 
@@ -79,7 +77,7 @@ def load_pretrained(place: str | os.PathLike[str], config: ModelConfig | None = 
         return model
     file = find_weights(path) if path.is_dir() else path
     state = read_weights(file, allow_nonfinite=allow_nonfinite)
-    found = recognise({key: tuple(tensor.shape) for key, tensor in state.items()}, str(file))
+    found = recognise({key: tuple(tensor.shape) for key, tensor in state.items()}, str(file), loose=True)
     if found.layout == "timm":
         raise CheckpointError(f"'{file}' holds an image tower alone; make a model and give it to load_image_tower(model, path)")
     if found.layout == "ours" and not found.names and config is None:
@@ -163,76 +161,3 @@ def get_tokenizer(name: str | os.PathLike[str]) -> Callable[[str | list[str]], A
         return torch.from_numpy(tokenizer([texts] if isinstance(texts, str) else texts))
 
     return tokenize
-
-
-def main(argv: list[str]) -> int:
-    """`mclip models`: the presets with their sizes, preprocessing, layouts and licence."""
-    parser = argparse.ArgumentParser(prog="mclip models", description="List the model presets.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
-    args = parser.parse_args(argv)
-    rows = model_rows()
-    if args.json:
-        sys.stdout.write(json.dumps({row["name"]: {**row, "config": config_to_dict(PRESETS[row["name"]])} for row in rows}) + "\n")
-        return 0
-    cells = [list(COLUMNS), *([COLUMNS[column](row) for column in COLUMNS] for row in rows)]
-    if args.markdown:
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        sys.stdout.write("\n".join([lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]]) + "\n")
-        return 0
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    for row in cells:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
-    return 0
-
-
-def model_rows() -> list[dict[str, Any]]:
-    """Facts of every preset. Parameters are counted on the folded model, as it is deployed; no weights are made."""
-    import torch
-
-    from mobileclip.convert import check_layout
-    from mobileclip.layouts import LAYOUTS
-    from mobileclip.model import ImageTextModel, count_parameters
-    from mobileclip.reparameterize import fold
-
-    def holds(config: ModelConfig, layout: str) -> bool:
-        try:
-            check_layout(layout, config)
-        except CheckpointError:
-            return False
-        return True
-
-    rows, counted = [], {}
-    for name, config in PRESETS.items():
-        # Many variants share an architecture.
-        shape = repr((config.image.backbone, config.image.backbone_args, dataclasses.replace(config.text, mask="none")))
-        if shape not in counted:
-            with torch.device("meta"):
-                model = ImageTextModel(config).eval()
-                before = count_parameters(model)["total"]
-                fold(model)
-            counted[shape] = {**count_parameters(model), "before": before}
-        counts = counted[shape]
-        rows.append({
-            "name": name, "image_parameters": counts["image"], "text_parameters": counts["text"], "parameters_in_training": counts["before"],
-            "image_tower": config.image.backbone, "image_size": config.image.image_size, "mean": list(config.image.mean), "std": list(config.image.std),
-            "interpolation": config.image.interpolation, "text_tower": f"{config.text.kind} {config.text.layers}x{config.text.width}",
-            "context_length": config.text.context_length, "vocab_size": config.text.vocab_size, "mask": config.text.mask, "embed_dim": config.embed_dim,
-            "layouts": [layout for layout in LAYOUTS if holds(config, layout)], "licence": config.licence,
-        })  # fmt: skip
-    return rows
-
-
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "model": lambda row: row["name"],
-    "params M img + txt": lambda row: f"{row['image_parameters'] / 1e6:.1f} + {row['text_parameters'] / 1e6:.1f}",
-    "image tower": lambda row: row["image_tower"],
-    "pixels": lambda row: f"{row['image_size']} {row['interpolation']}",
-    "mean / std": lambda row: "0 / 1" if not any(row["mean"]) else "OpenAI's" if abs(row["mean"][0] - 0.4815) < 1e-3 else f"{row['mean'][0]:g} / {row['std'][0]:g}",
-    "text tower": lambda row: row["text_tower"],
-    "tokens": lambda row: str(row["context_length"]),
-    "mask": lambda row: row["mask"],
-    "dim": lambda row: str(row["embed_dim"]),
-    "layouts": lambda row: ", ".join(row["layouts"]),
-    "licence of the weights": lambda row: row["licence"].partition(" (")[0],
-}

@@ -11,7 +11,7 @@ to 160 pixels attention over a sixteenth of the side costs more than it carries,
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
 from runtime.errors import CheckpointError
@@ -103,7 +103,7 @@ def student_config(
         raise CheckpointError(f"model '{base.name}' has been {state}; a student is varied from what it was before: give its preset's name")
     # Random weights are ours, whoever drew the architecture.
     config = dataclasses.replace(base, name="+".join([base.name, *parts]), image=image, text=text, licence=LICENCE, sources=(), **changes)
-    return dataclasses.replace(config, image=_buildable(config))
+    return config if image == base.image else dataclasses.replace(config, image=_buildable(config))
 
 
 def _image(base: ModelConfig, backbone: str | None, image_size: int | None) -> tuple[ImageConfig, list[str]]:
@@ -135,13 +135,14 @@ def _timm_name(name: str) -> str:
     return name
 
 
-def _projection(backbone: str) -> str:
+def _projection(backbone: str) -> Literal["head", "linear"]:
     """MobileCLIP's towers project with FastViT's own classifier; every other backbone gives pooled features to a layer of ours."""
     return "head" if backbone.startswith("fastvit") else "linear"
 
 
 def _text(base: ModelConfig, mask: str | None, vocab_size: int | None, context_length: int | None, embedding_dim: int | None) -> tuple[TextConfig, list[str]]:
-    text, changes, parts = base.text, dict[str, Any](), list[str]()
+    text, parts = base.text, list[str]()
+    changes: dict[str, Any] = {}
     if mask is not None and mask != text.mask:
         if mask not in ("causal", "pad"):
             raise CheckpointError(f"mask is '{mask}', expected 'causal' or 'pad': with any other, padding would take part and texts could not be cut to their length")
