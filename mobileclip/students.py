@@ -36,7 +36,7 @@ STUDENTS: dict[str, ModelConfig] = {
         _pocket("pocket_s", 64, [24, 48, 160], [0, 1, 1], 2.0, TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal")),
         # 4 M: thumbnails of 96 pixels.
         _pocket("pocket_m", 96, [32, 64, 192], [1, 2, 3], 3.0, TextConfig(context_length=24, vocab_size=8192, width=192, heads=6, layers=3, mask="causal")),
-        # 5 M: the time of pocket_m, half as large an image tower again, and twice the merges in a table of the same size.
+        # 5 M: about the time of pocket_m, half as large an image tower again, and twice the merges in a table of the same size.
         _pocket(
             "pocket_l", 112, [32, 64, 128, 256], [1, 2, 2, 2], 3.0,
             TextConfig(context_length=32, vocab_size=16384, embedding_dim=96, width=192, heads=6, layers=3, mask="causal"),
@@ -46,7 +46,7 @@ STUDENTS: dict[str, ModelConfig] = {
             "pocket_xl", 128, [40, 80, 160, 352], [1, 2, 4, 3], 3.0,
             TextConfig(context_length=48, vocab_size=16384, embedding_dim=96, width=256, heads=8, layers=4, mask="causal"),
         ),
-        # 20 M, the image tower as large as MobileCLIP-S0's and a quarter of its text tower; a wider space for finer differences.
+        # 20 M, the image tower nearly as large as MobileCLIP2-S0's, a seventh of its text tower; a wider space for finer differences.
         _pocket(
             "pocket_xxl", 160, [48, 96, 192, 448], [2, 3, 6, 4], 3.0,
             TextConfig(context_length=64, vocab_size=16384, embedding_dim=128, width=384, heads=12, layers=4, mask="causal"), embed_dim=384,
