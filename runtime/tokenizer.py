@@ -1,7 +1,8 @@
 """Texts to token rows: `tokenizers` behind the cleaning that CLIP's tokenizer does in Python.
 
 `tokenizer.json` is a plain Hugging Face file, so that other languages can read it; what such a file cannot express
-(repair of mojibake, HTML entities, Python's idea of lower case and white space) happens here, in `clean_text`, first.
+(repair of mojibake, HTML entities, Python's idea of lower case and white space) happens first, in `runtime/cleaning.py`.
+Words that were met before are not spelled again (`runtime/word_cache.py`); the Rust model stays the only one that spells.
 """
 
 from __future__ import annotations
@@ -15,32 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from runtime.cleaning import clean_words
 from runtime.errors import CheckpointError
+from runtime.word_cache import SPLIT, WordCache
 
 SOT = "<start_of_text>"
 EOT = "<end_of_text>"
 CLIP_VOCAB_SIZE = 49408
 CLEANINGS = ("clip", "none")
-
-# open_clip compiles its pattern with IGNORECASE, under which U+017F (long s) equals s: hence the two classes.
-_PATTERN = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# Printable ASCII, tab and line feed without '&': ftfy and html.unescape change nothing there (a test proves it), and
-# not importing ftfy saves 0.1 s of a cold start.
-_PLAIN = frozenset(map(chr, [9, 10, *range(32, 127)])) - {"&"}
-
-
-def clean_text(text: str) -> str:
-    """What CLIP does to a caption before splitting it: repair, unescape twice, one space, lower case.
-
-    Equal to open_clip's `clean="lower"` for every string.
-    """
-    if not _PLAIN.issuperset(text):
-        import html
-
-        import ftfy
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -68,7 +51,7 @@ def build_clip_tokenizer(merges_path: str | Path, vocab_size: int = CLIP_VOCAB_S
     Raises:
         CheckpointError: the merges file is missing or not one, or `vocab_size` lies outside [514, 49408].
     """
-    from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, models, normalizers, processors
     from tokenizers import Tokenizer as RustTokenizer
 
     if not 514 <= vocab_size <= CLIP_VOCAB_SIZE:
@@ -86,18 +69,31 @@ def build_clip_tokenizer(merges_path: str | Path, vocab_size: int = CLIP_VOCAB_S
     tokenizer.add_special_tokens([AddedToken(SOT, special=True, normalized=False), AddedToken(EOT, special=True, normalized=False)])
     # For readers in other languages; this module cleans in Python and switches the normaliser off.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _clip_split()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{SOT} $A {EOT}", special_tokens=[(SOT, vocab[SOT]), (EOT, vocab[EOT])])
     out = Path(out)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.part")
     tokenizer.save(str(temporary), pretty=False)
     os.replace(temporary, out)
     return out
+
+
+def _clip_split() -> Any:
+    """CLIP's way to cut a cleaned text into pieces, their bytes written as `byte_alphabet`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    pieces = pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _spells_words_apart(tokenizer: Any, ends: list[int]) -> bool:
+    """Whether the ids of a cleaned text are those of its words between `ends`, always: true of what `build_clip_tokenizer` writes.
+
+    A file with another split, other added tokens (they may hold spaces) or random merges is served without a word cache.
+    """
+    same_split = tokenizer.pre_tokenizer.__getstate__() == _clip_split().__getstate__()
+    fixed = type(tokenizer.model).__name__ == "BPE" and not tokenizer.model.dropout
+    return same_split and fixed and len(tokenizer.get_added_tokens_decoder()) == 2 and tokenizer.encode("").ids == ends
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
@@ -125,13 +121,20 @@ class Tokenizer:
         self.pad_id = pad_id
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         empty = tokenizer.encode("").ids
-        self._sot_id: int | None = tokenizer.token_to_id(SOT)
-        self._eot_id: int | None = tokenizer.token_to_id(EOT)
-        self._bare_length = len(empty)
         if context_length < max(len(empty), 1):
             raise CheckpointError(f"{path}: context_length is {context_length}, too short for the {len(empty)} special tokens of an empty text")
-        tokenizer.enable_truncation(max_length=context_length)
-        tokenizer.enable_padding(length=context_length, pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id) or "[PAD]")
+        self._specials: dict[str, int] = {SOT: tokenizer.token_to_id(SOT), EOT: tokenizer.token_to_id(EOT)} if cleaning == "clip" else {}
+        self._words: WordCache | None = None
+        if cleaning == "clip" and _spells_words_apart(tokenizer, [*self._specials.values()]):
+            self._words = WordCache(tokenizer.model, self._specials, byte_alphabet())
+        else:
+            self._use_whole_texts()
+
+    def _use_whole_texts(self) -> None:
+        """Rows come from the Rust side alone from now on, a text at a time."""
+        self._words = None
+        self._tokenizer.enable_truncation(max_length=self.context_length)
+        self._tokenizer.enable_padding(length=self.context_length, pad_id=self.pad_id, pad_token=self._tokenizer.id_to_token(self.pad_id) or "[PAD]")
 
     @classmethod
     def open(cls, path: str | Path, context_length: int = 77, cleaning: str = "clip", pad_id: int = 0) -> Tokenizer:
@@ -188,29 +191,39 @@ class Tokenizer:
                 raise TypeError(f"a text is a {type(text).__name__}, expected str")
         if not len(texts):
             return np.zeros((0, self.context_length), np.int32)
+        if self._words is not None:
+            return self._rows_of_words(texts, self._words)
         clean = [self.clean(text) for text in texts]
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean)]
-        if self.cleaning == "clip":
-            for n, text in enumerate(clean):
-                if SOT in text or EOT in text:
-                    rows[n] = self._with_literal_specials(text)
+        for n, text in enumerate(clean):
+            if any(special in text for special in self._specials):
+                rows[n] = self._with_literal_specials(text)
         return np.array(rows, np.int32)
+
+    def _rows_of_words(self, texts: Sequence[str], words: WordCache) -> np.ndarray:
+        room = self.context_length - 2
+        start, end = np.array([*self._specials.values()], np.int32).reshape(2, 1)
+        first, last, padding = start.tobytes(), end.tobytes(), np.full(room, self.pad_id, np.int32).tobytes()
+        rows = bytearray()
+        for text in texts:
+            # A word has at least one token, so that no more than `room` words count.
+            ids = b"".join(map(words.__getitem__, clean_words(text)[:room]))[: 4 * room]
+            rows += first + ids + last + padding[len(ids) :]
+        return np.frombuffer(rows, np.int32).reshape(len(texts), self.context_length)
 
     def clean(self, text: str) -> str:
         """The text as it reaches the vocabulary."""
         if self.cleaning == "clip":
-            return clean_text(text)
+            return " ".join(clean_words(text))
         return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def _with_literal_specials(self, text: str) -> list[int]:
         """A row of a text that spells a special token: open_clip gives it the special's id, so do we."""
-        assert self._sot_id is not None
-        assert self._eot_id is not None
-        special = {SOT: self._sot_id, EOT: self._eot_id}
-        ids = [self._sot_id]
+        start, end = self._specials.values()
+        ids = [start]
         for piece, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            ids += [special[piece]] if piece in special else [token.id for token in self._tokenizer.model.tokenize(piece)]
-        ids = [*ids[: self.context_length - 1], self._eot_id]
+            ids += [self._specials[piece]] if piece in self._specials else [token.id for token in self._tokenizer.model.tokenize(piece)]
+        ids = [*ids[: self.context_length - 1], end]
         return ids + [self.pad_id] * (self.context_length - len(ids))
 
     def decode(self, row: Sequence[int] | np.ndarray) -> str:
@@ -218,9 +231,10 @@ class Tokenizer:
         ids = [int(n) for n in row]
         if self.cleaning != "clip":
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        if self._eot_id in ids:
-            ids = ids[: ids.index(self._eot_id)]
-        ids = [n for n in ids if n != self._sot_id]
+        start, end = self._specials.values()
+        if end in ids:
+            ids = ids[: ids.index(end)]
+        ids = [n for n in ids if n != start]
         byte_of = {character: byte for byte, character in byte_alphabet().items()}
         tokens = [str(self._tokenizer.id_to_token(n)) for n in ids]
         words = "".join(tokens).split("</w>")
