@@ -5,10 +5,13 @@ A folder without a valid receipt was not finished; it is never half-loaded.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.metadata
 import json
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -128,27 +131,36 @@ def build(config: ModelConfig) -> ImageTextModel:
 
     Random initialisation takes most of the time of making a large model, and loading overwrites it.
     """
-    import dataclasses
-
-    from mobileclip.reparameterize import fold
-
-    def make() -> ImageTextModel:
-        model = ImageTextModel(dataclasses.replace(config, folded=False))
-        if config.folded:
-            fold(model)
-        return model
-
-    with torch.device("meta"):
-        model = make()
+    shape = outline(config)
     # Buffers that no checkpoint holds must be computed again; a module that cannot is built with its values at once.
-    computed = {path for path, module in model.named_modules() if module._non_persistent_buffers_set & {name for name, value in module._buffers.items() if value is not None}}
-    if all(hasattr(model.get_submodule(path), "init_non_persistent_buffers") for path in computed):
-        model = model.to_empty(device="cpu")
+    computed = [path for path, module in shape.named_modules() if module._non_persistent_buffers_set & {name for name, value in module._buffers.items() if value is not None}]
+    if all(hasattr(shape.get_submodule(path), "init_non_persistent_buffers") for path in computed):
+        model = copy.deepcopy(shape).to_empty(device="cpu")
         for path in computed:
             model.get_submodule(path).init_non_persistent_buffers()
     else:
-        model = make()
+        model = _make(config)
     model.config = config
+    return model
+
+
+def outline(config: ModelConfig) -> ImageTextModel:
+    """The model of a config on the meta device: names and shapes, no memory. Shared: copy it before changing it."""
+    return _outline(json.dumps(config_to_dict(dataclasses.replace(config, name="outline", licence="", sources=()))))
+
+
+@lru_cache(maxsize=4)
+def _outline(config: str) -> ImageTextModel:
+    with torch.device("meta"):
+        return _make(config_from_dict(json.loads(config)))
+
+
+def _make(config: ModelConfig) -> ImageTextModel:
+    from mobileclip.reparameterize import fold
+
+    model = ImageTextModel(dataclasses.replace(config, folded=False))
+    if config.folded:
+        fold(model)
     return model
 
 

@@ -6,15 +6,12 @@ error lists every difference, in the names of the file that the user gave.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mobileclip.config import ModelConfig, config_from_dict, config_to_dict
+from mobileclip.config import ModelConfig
 from mobileclip.key_maps import Rule, their_name
 from mobileclip.layouts import TITLES, check_layout, strip_prefix
 from runtime.errors import CheckpointError
@@ -78,8 +75,10 @@ def layout_shapes(config: ModelConfig, layout: str) -> dict[str, tuple[int, ...]
 
 def _pairs(config: ModelConfig, layout: str) -> Iterator[tuple[str, str, Rule, tuple[int, ...]]]:
     """Our name, their name ("" where theirs is zeros), the rule and our shape, of every tensor that the layout holds."""
-    alike = dataclasses.replace(config, name="", licence="", sources=())
-    for name, shape in _shapes(json.dumps(config_to_dict(alike))):
+    from mobileclip.checkpoint import outline
+
+    for name, tensor in outline(config).state_dict().items():
+        shape = tuple(tensor.shape)
         pair = their_name(name, layout, config.text.kind)
         if pair is not None:
             yield name, *pair, shape
@@ -103,13 +102,3 @@ def compare(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
     ]
     if problems:
         raise CheckpointError(f"{where}: {len(problems)} of {len(expected)} tensors do not fit the model: {'; '.join(sorted(problems))}")
-
-
-@lru_cache(maxsize=16)
-def _shapes(config: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of a model of ours (a config as JSON, which unlike the config can be hashed), without its memory."""
-    from mobileclip.checkpoint import build
-
-    with torch.device("meta"):
-        model = build(config_from_dict(json.loads(config)))
-    return tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
