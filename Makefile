@@ -9,7 +9,7 @@ DEV := $(VENV)/.installed-dev
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo demo-quick grid test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick grid bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -31,6 +31,13 @@ demo-quick: $(STAMP)
 
 grid: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.grid --run out/demo --out out/grid
+
+bench-tokenizer: $(STAMP)
+	$(BIN)/python -m distill.fetch
+	$(BIN)/python -m benchmarks.suites.tokenizer --out out/tokenizer.json
+
+bench-loading: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.loading --out out/loading.json
 
 test: $(DEV)
 	$(BIN)/python -m distill.fetch
