@@ -32,8 +32,8 @@ def _pocket(name: str, image_size: int, dims: list[int], depths: list[int], mlp_
 STUDENTS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
-        # 2 M: emoji, icons, one domain. More than half is the token table; the pictures are thumbnails.
-        _pocket("pocket_s", 64, [24, 48, 160], [0, 1, 1], 2.0, TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal")),
+        # 1.7 M: emoji, icons, one domain. More than half is the token table; the pictures are thumbnails.
+        _pocket("pocket_s", 64, [16, 48, 128], [0, 1, 1], 2.0, TextConfig(context_length=20, vocab_size=8192, width=128, heads=4, layers=2, mask="causal")),
         # 4 M: thumbnails of 96 pixels.
         _pocket("pocket_m", 96, [32, 64, 192], [1, 2, 3], 3.0, TextConfig(context_length=24, vocab_size=8192, width=192, heads=6, layers=3, mask="causal")),
         # 5 M: about the time of pocket_m, half as large an image tower again, and twice the merges in a table of the same size.

@@ -168,11 +168,11 @@ def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
     else:
         stages.run(
             "teacher-224",
-            [["distill.projectors", str(place.train), str(place.teacher("lite0-224")), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--limit", "2400",
+            [["distill.projectors", str(place.train), str(place.teacher("lite0-224")), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--limit", "1600",
               "--seed", str(config.seed)]],
             inputs=[place.out / "pairs/sample.json"], outputs=[place.teacher("lite0-224") / "receipt.json"],
         )  # fmt: skip
-        _export(place.teacher("lite0-224"), place.teacher_bundle, "128", "onnx,coreml,tensorrt", config, place, stages)
+        _export(place.teacher("lite0-224"), place.teacher_bundle, "96", "onnx,coreml,tensorrt", config, place, stages)
     _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
     _evaluate("teachers", [place.teacher(name) / "receipt.json" for name in TEACHERS], place, stages)
 
