@@ -134,7 +134,8 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     if photographs.is_alive():
         photographs.join()
     # Two chains, one core each, of about the same length: the reinforced student is trained, loses a quarter of its feed-forward
-    # widths, becomes a bundle and is evaluated, while the plain student and the sample teacher at its larger input go their ways.
+    # widths, becomes a bundle and is evaluated, then the teachers are; meanwhile the plain student and the sample teacher at its
+    # larger input go their ways.
     # The exporter times int8 against fp32 in strict turns, so that the neighbour meets both alike.
     stages.chains(lambda: _student(config, place, stages), lambda: _rest(config, place, stages))
 
@@ -158,6 +159,7 @@ def _student(config: DemoConfig, place: Layout, stages: Stages) -> None:
     )  # fmt: skip
     _export(place.pruned, place.bundle, "256", "onnx,coreml,tensorrt", config, place, stages)
     _evaluate("students", [place.bundle / "manifest.json", place.student / "receipt.json"], place, stages)
+    _evaluate("teachers", [place.teacher(name) / "receipt.json" for name in TEACHERS], place, stages)
 
 
 def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
@@ -174,7 +176,6 @@ def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
         )  # fmt: skip
         _export(place.teacher("lite0-224"), place.teacher_bundle, "96", "onnx,coreml,tensorrt", config, place, stages)
     _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
-    _evaluate("teachers", [place.teacher(name) / "receipt.json" for name in TEACHERS], place, stages)
 
 
 def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: DemoConfig, place: Layout, stages: Stages) -> None:
