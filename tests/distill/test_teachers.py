@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import frozen_tower
+from distill import frozen_tower, teachers
 from distill.ensemble import Teacher, check_output, encode_texts, encode_views, open_teacher
 from distill.frozen_tower import fold_norms, frozen
 from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
@@ -105,6 +105,22 @@ def test_teachers_with_one_text_trunk_share_its_features(tmp_path: Path, monkeyp
     for teacher, found in zip(teachers, together, strict=True):
         assert np.abs(teacher.encode_text(TEXTS) - found).max() < 1e-6
     assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_text_features_are_remembered_across_teachers_of_one_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = calibrated(tiny_config("pad")), calibrated(tiny_config("pad"), seed=5)
+    second.text.load_state_dict({**first.text.state_dict(), "projection.weight": second.text.projection.weight})
+    one, other = (open_teacher(str(save_checkpoint(model, tmp_path / name))) for name, model in (("a", first), ("b", second)))
+    monkeypatch.setattr(teachers, "_ANSWERS", {})
+    monkeypatch.setattr(teachers, "KEPT_ANSWERS", 2)
+    mine = one.text_features(TEXTS)
+    mine[:] = 0  # the caller's copy
+    monkeypatch.setattr(other, "_text_features", lambda texts: 1 / 0)
+    assert np.abs(other.text_features(TEXTS)).max() > 0
+    one.text_features(TEXTS[:1])
+    one.text_features(TEXTS[:2])
+    with pytest.raises(ZeroDivisionError):
+        other.text_features(TEXTS)
 
 
 def test_frozen_towers_keep_the_output_or_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
