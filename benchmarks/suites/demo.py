@@ -212,9 +212,9 @@ def _measure(config: DemoConfig, place: Layout, stages: Stages) -> tuple[dict[st
     """What runs alone on the machine, latency of the bundles; then the tables and the report."""
     from benchmarks.suites import figures
 
-    benches = [("bench", place.bundle, place.results, "0.2" if config.quick else "2")]
+    benches = [("bench", place.bundle, place.results, "0.2" if config.quick else "1")]
     if not config.quick:
-        benches.append(("bench-teacher", place.teacher_bundle, place.teacher_results, "1"))
+        benches.append(("bench-teacher", place.teacher_bundle, place.teacher_results, "0.5"))
     for name, bundle, results, seconds in benches:
         stages.run(name, [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds]], inputs=[bundle / "manifest.json"], outputs=[results])
     tables, summary = figures.tables(place, stages.seconds())
