@@ -44,10 +44,14 @@ class BenchConfig:
     """How long each group of interleaved phases is measured; at least 50 rounds, at most 2,000 (and a minute per group for the slowest)."""
     seed: int = 0
     """Of the order within rounds and of the bootstrap."""
+    starts: int = STARTS
+    """Fresh processes that each cold start is measured in."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise DeviceError(f"--threads is {self.threads}, expected at least 1")
+        if self.starts < 1:
+            raise DeviceError(f"--starts is {self.starts}, expected at least 1")
         if not 0 < self.seconds <= 3600:
             raise DeviceError(f"--seconds is {self.seconds}, expected above 0 and at most 3600")
 
@@ -204,9 +208,9 @@ def _against_reference(config: BenchConfig, subject: Subject, rows: list[Line], 
 def _cold(config: BenchConfig, subject: Subject, tower: str, facts: dict[str, Any], report: Report) -> Line:
     """Fresh processes, the first one thrown away so that the disk is warm for all of them."""
     runs = []
-    for index in range(STARTS + 1):
+    for index in range(config.starts + 1):
         runs.append(run_child([f"cold-{tower}", str(subject.folder), "--threads", str(config.threads)], subject.inputs))
-        report((index + 1) / (STARTS + 1))
+        report((index + 1) / (config.starts + 1))
     kept = runs[1:]
     samples = np.array([run["ns"] for run in kept], np.int64)
     figures = {"artefact": kept[0]["artefact"], "torch_imported": False, "first_process_ns": runs[0]["ns"]}

@@ -170,12 +170,13 @@ def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
     else:
         stages.run(
             "teacher-224",
-            [["distill.projectors", str(place.train), str(place.teacher("lite0-224")), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--limit", "1600",
+            [["distill.projectors", str(place.train), str(place.teacher("lite0-224")), "--backbone", TEACHERS["lite0"], "--image-size", "224", "--limit", "2400",
               "--seed", str(config.seed)]],
             inputs=[place.out / "pairs/sample.json"], outputs=[place.teacher("lite0-224") / "receipt.json"],
         )  # fmt: skip
-        _export(place.teacher("lite0-224"), place.teacher_bundle, "96", "onnx,coreml,tensorrt", config, place, stages)
+        _export(place.teacher("lite0-224"), place.teacher_bundle, "128", "onnx,coreml,tensorrt", config, place, stages)
     _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
+    stages.run("baselines", [["benchmarks.suites.figures", str(place.out), "baselines"]], inputs=[place.teacher("lite0") / "receipt.json"])
 
 
 def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: DemoConfig, place: Layout, stages: Stages) -> None:
@@ -190,7 +191,7 @@ def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: 
 def _evaluate(group: str, inputs: list[Path], place: Layout, stages: Stages) -> None:
     from benchmarks.suites import figures
 
-    last = [name for name in figures.GROUPS[group] if name != "baselines"][-1]
+    last = figures.GROUPS[group][-1]
     stages.run(f"evaluate-{group}", [["benchmarks.suites.figures", str(place.out), group]], inputs=inputs, outputs=[figures.evaluation_path(place.out, last)])
 
 
@@ -216,7 +217,11 @@ def _measure(config: DemoConfig, place: Layout, stages: Stages) -> tuple[dict[st
     if not config.quick:
         benches.append(("bench-teacher", place.teacher_bundle, place.teacher_results, "0.5"))
     for name, bundle, results, seconds in benches:
-        stages.run(name, [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds]], inputs=[bundle / "manifest.json"], outputs=[results])
+        stages.run(
+            name,
+            [["mobileclip.cli", "bench", str(bundle), "--out", str(results), "--seconds", seconds, "--starts", "1" if config.quick else "5"]],
+            inputs=[bundle / "manifest.json"], outputs=[results],
+        )  # fmt: skip
     tables, summary = figures.tables(place, stages.seconds())
     write_json(place.tables, tables)
     stages.run(

@@ -108,7 +108,8 @@ def evaluations(out: Path) -> dict[str, Callable[[], Encoder]]:
 
 
 GROUPS = {
-    "teachers": ("teacher lite0", "teacher lite1", "teacher ensemble", "baselines"),
+    "baselines": ("baselines",),
+    "teachers": ("teacher lite0", "teacher lite1", "teacher ensemble"),
     "students": ("student, reinforced", "student, pruned 25 %", "bundle fp32", "bundle int8", "bundle Core ML fp16"),
     "plain": ("student, plain",),
     "sample": ("sample teacher fp32", "sample teacher int8"),
