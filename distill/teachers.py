@@ -36,7 +36,7 @@ class TorchTeacher:
     ) -> None:  # fmt: skip
         self.facts, self.config, self.image_size = facts, config, config.image_size
         self._image, self._text, self._project, self._tokenize, self._trim = image, text, project, tokenize, trim
-        self.text_trunk = f"{state_hash(text)}:{facts.preprocessing.get('tokenizer', '')}"
+        self.text_trunk = f"{state_hash(text)}:{getattr(text, 'config', '')}:{facts.preprocessing.get('tokenizer', '')}"
         """Equal for two teachers whose text towers differ in their projection only: their features are computed once."""
 
     @torch.inference_mode()
