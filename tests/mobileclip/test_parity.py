@@ -59,8 +59,10 @@ def test_open_clip_gives_the_same_embeddings(name):
     tokens = open_clip.get_tokenizer(OPEN_CLIP[name])(TEXTS)
     with torch.inference_mode():
         theirs = peer.encode_image(images, normalize=True), peer.encode_text(tokens, normalize=True)
-    assert spread(theirs[0]) < 0.99
-    assert spread(theirs[1]) < 0.99
+    for embeddings in theirs:
+        # A random ViT-L has no BatchNorm to calibrate: its pictures lie close together, and still a thousand tolerances apart.
+        assert spread(embeddings) < 0.995
+        assert (embeddings[0] - embeddings[1]).abs().max() > 1e-2
     for model in (ours, folded_copy(ours)[0]):
         with torch.inference_mode():
             mine = model.encode_image(images), model.encode_text(tokens.int())
