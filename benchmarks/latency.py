@@ -347,13 +347,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="results file; phases that it has already are not measured again (results.jsonl)")
     parser.add_argument("--threads", type=int, default=1, help="threads of one run of a tower (1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time of each group of interleaved phases; at least 50 rounds, at most 2,000 (5)")
+    parser.add_argument("--starts", type=int, default=STARTS, help=f"fresh processes that each cold start is measured in ({STARTS})")
     parser.add_argument("--seed", type=int, default=0, help="of the order within rounds and of the bootstrap (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     if len(options.bundles) != (2 if options.compare else 1):
         parser.error(f"{len(options.bundles)} bundles were given; expected one, or two with --compare")
     other = options.bundles[1] if options.compare else None
-    config = BenchConfig(bundle=options.bundles[0], other=other, out=options.out, threads=options.threads, seconds=options.seconds, seed=options.seed)
+    config = BenchConfig(bundle=options.bundles[0], other=other, out=options.out, threads=options.threads, seconds=options.seconds, seed=options.seed, starts=options.starts)
     with _bar() as progress:
         found = bench(config, progress)
     if options.json:
