@@ -1,7 +1,7 @@
 """`mclip demo`: from real pictures to a measured, proven bundle, each stage a process that can be interrupted and repeated.
 
     mclip demo --out out/demo          (make demo)
-    mclip demo --out out/quick --quick (a slice of everything, at most 3 minutes)
+    mclip demo --out out/quick --quick (a slice of everything, a few minutes)
 
 What it leaves: pairs/, teachers/, store/, ckpt/, bundle/, teacher-bundle/, results.jsonl, tables.json, summary.json,
 report.html, and stages/ with what each stage took.
