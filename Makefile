@@ -8,6 +8,9 @@ DEV := $(VENV)/.installed-dev
 # Two OpenMP runtimes that spin on two cores slow each other down by an order of magnitude.
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
+# pip leaves bytecode to the first import (--no-compile). Where the environment forbids writing it, every one of the demo's processes would
+# compile torch and timm anew, more than ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo demo-quick grid bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
