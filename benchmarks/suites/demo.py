@@ -135,8 +135,7 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
         photographs.join()
     # Two chains, one core each, of about the same length: the reinforced student is trained, loses a quarter of its feed-forward
     # widths, becomes a bundle and is evaluated, then the teachers are; meanwhile the plain student and the sample teacher at its
-    # larger input go their ways.
-    # The exporter times int8 against fp32 in strict turns, so that the neighbour meets both alike.
+    # larger input go their ways. The exporter times int8 against fp32 in strict turns, so that the neighbour meets both alike.
     stages.chains(lambda: _student(config, place, stages), lambda: _rest(config, place, stages))
 
 
@@ -176,7 +175,7 @@ def _rest(config: DemoConfig, place: Layout, stages: Stages) -> None:
         )  # fmt: skip
         _export(place.teacher("lite0-224"), place.teacher_bundle, "128", "onnx,coreml,tensorrt", config, place, stages)
     _evaluate("sample", [place.teacher_bundle / "manifest.json"], place, stages)
-    stages.run("baselines", [["benchmarks.suites.figures", str(place.out), "baselines"]], inputs=[place.teacher("lite0") / "receipt.json"])
+    stages.run("baselines", [["benchmarks.suites.figures", str(place.out), "baselines"]], inputs=[place.teacher("lite0") / "receipt.json"], outputs=[place.out / "evaluations"])
 
 
 def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: DemoConfig, place: Layout, stages: Stages) -> None:

@@ -115,6 +115,9 @@ def test_text_features_are_remembered_across_teachers_of_one_trunk(tmp_path: Pat
     monkeypatch.setattr(teachers, "KEPT_ANSWERS", 2)
     mine = one.text_features(TEXTS)
     mine[:] = 0  # the caller's copy
+    assert len(one.text_features(["a\0b"])) == 1
+    assert len(one.text_features(["a", "b"])) == 2
+    one.text_features(TEXTS)
     monkeypatch.setattr(other, "_text_features", lambda texts: 1 / 0)
     assert np.abs(other.text_features(TEXTS)).max() > 0
     one.text_features(TEXTS[:1])
