@@ -1,34 +1,38 @@
-"""Reading a reinforcement store: rows by mmap, checked against its index. Format: docs/store-format.md (normative).
+"""Reading a reinforcement store: rows by mmap, layers stacked, checked against its index. Format: docs/store-format.md (normative).
 
-Shapes: n = rows of a part, N = rows of the store, D = a teacher's dimension, B = rows asked for.
+Shapes: n = rows of a part, N = rows of the store, A = views of a row, D = a teacher's dimension, B = rows asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
 import os
-import struct
+import resource
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill import augment
 from distill.captions import TYPES, Caption
-from distill.store_writing import INDEX, SCHEMA, from_bfloat16, hash_keys, unit
+from distill.store_codecs import decode, decode_unit
+from distill.store_codecs import unit as unit
 from distill.store_writing import PartRows as PartRows  # the writing half, for those who know one module
 from distill.store_writing import hash_shards as hash_shards
 from distill.store_writing import write_index as write_index
 from distill.store_writing import write_part as write_part
 from runtime.errors import StoreError
-from runtime.files import file_sha256
+from runtime.store_index import DTYPES as DTYPES
+from runtime.store_index import Layer, layers_of, parts_by_layer
+from runtime.store_index import read_index as read_index
+from runtime.store_parts import PARAMETER_BYTES, Part, check_part
+from runtime.store_verification import verify_store
 
-DTYPES = ("int8", "float32", "float16", "bfloat16")
-_NUMPY = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
-_MAX_HEADER = 16 << 20
+_FEW = 4
+"""Rows of one part below which copying them one by one is faster than numpy's indexing by lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,76 +53,39 @@ class TeacherFacts:
             raise StoreError(f"teacher '{self.name}' has dim {self.dim} and logit_scale {self.logit_scale}; expected a name, dim >= 1, a positive scale")
 
 
-class Part:
-    """One mapped safetensors file. Every array is a view into the mapping: nothing is read before it is indexed."""
+@dataclass(slots=True)
+class _Stack:
+    """One base part and its parts of later layers, mapped. views: per view (parameters, place in them, per teacher (values, scales, place))."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with open(path, "rb") as stream:
-                self.bytes = os.fstat(stream.fileno()).st_size
-                if self.bytes < 8:
-                    raise StoreError(f"store part '{path.name}' has {self.bytes} bytes, which is no safetensors file; reinforce again to replace it")
-                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise StoreError(f"store part '{path.name}' cannot be opened ({error.strerror}); restore it or reinforce again") from None
-        (length,) = struct.unpack("<Q", data[:8])
-        if length > min(_MAX_HEADER, self.bytes - 8):
-            raise StoreError(f"store part '{path.name}' is truncated or no safetensors file: header of {length} bytes in a file of {self.bytes}; reinforce again")
-        try:
-            header = json.loads(data[8 : 8 + length])
-            self._payload = memoryview(data)[8 + length :]
-            self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
-            self.arrays = {name: self._view(data, 8 + length, **entry) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"store part '{path.name}' is truncated or damaged ({error}); reinforce again to replace it") from None
-
-    def _view(self, data: mmap.mmap, base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-        kind = np.dtype(_NUMPY[dtype])
-        start, stop = data_offsets
-        count = int(np.prod(shape, dtype=np.int64))
-        if min(shape, default=0) < 0 or start < 0 or stop - start != count * kind.itemsize or base + stop > self.bytes:
-            raise ValueError(f"an array of shape {shape} at bytes {start} to {stop} does not fit a file of {self.bytes} bytes")
-        return np.ndarray(shape, kind, buffer=data, offset=base + start)
-
-    def get(self, name: str) -> np.ndarray:
-        if name not in self.arrays:
-            raise StoreError(f"store part '{self.path.name}' lacks the array '{name}'; it was written by another version or is damaged, reinforce again")
-        return self.arrays[name]
-
-    def intact(self) -> bool:
-        """Whether the arrays still have the hash that stands in the header (reads all of them)."""
-        return hashlib.sha256(self._payload).hexdigest() == self.metadata.get("payload_sha256")
-
-    def read_keys(self) -> list[str]:
-        data, offsets = self.get("keys.bytes").tobytes(), self.get("keys.offsets")
-        try:
-            return [data[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-        except UnicodeDecodeError:
-            raise StoreError(f"store part '{self.path.name}' holds keys that are not UTF-8; it is damaged, reinforce again") from None
+    parts: list[Part]
+    views: list[tuple[np.ndarray, int, list[tuple[np.ndarray, np.ndarray | None, int]]]]
 
 
 class Store:
-    """A store, open for reading. Rows are numbered over all parts, in pairs order; pairs that were skipped have no row.
+    """A store, open for reading. Rows are numbered over all base parts, in pairs order; pairs that were skipped have no row. Views, captions
+    and teachers are numbered over all layers.
 
-    Can be pickled (it opens its files again).
+    At most `max_open` files are mapped at a time, those used last. Threads may share a store. It can be pickled (it opens its files again).
     """
 
-    def __init__(self, path: Path, index: dict[str, Any], parts: list[Part]) -> None:
-        self.path, self.index, self._parts = path, index, parts
+    def __init__(self, path: Path, index: dict[str, Any], max_open: int) -> None:
+        self.path, self.index = path, index
         self.teachers = [TeacherFacts(**facts) for facts in index["teachers"]]
         self.dtype: str = index["dtype"]
-        self._starts = np.cumsum([0, *(entry["rows"] for entry in index["parts"])])
-        self.keys: list[str] = [key for part in parts for key in part.read_keys()]
-        self.pair_rows = self._gather_all("pair_rows").astype(np.int64)
-        """(N,) int64: row of each sample in the pairs folder that was reinforced."""
-        self.n_augmentations = self._gather_all("n_augmentations").astype(np.int64)
-        """(N,) int64: stored views of each row."""
-        self.caption_counts = self._gather_all("n_captions").astype(np.int64)
-        """(N,) int64: captions of each row; caption 0 is the pair's own."""
+        self.layers: list[Layer] = layers_of(index)
+        self._entries = parts_by_layer(index)
+        self._edges: list[int] = np.cumsum([0, *(entries[0]["rows"] for entries in self._entries)]).tolist()
+        self._rows, self._views = self._edges[-1], index["augmentations"]
+        self._open: OrderedDict[int, _Stack] = OrderedDict()
+        self._most_stacks = max(1, max_open // len(self.layers))
+        self._checked: set[int] = set()
+        self._lock = threading.Lock()
+        self._view_places = self._find_views()
+        self._caption_layers = [layer for layer in self.layers if layer.adds_captions]
+        self._gather()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._rows
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (open_store, (str(self.path),))
@@ -132,50 +99,161 @@ class Store:
             return int(teacher)
         raise StoreError(f"the store has no teacher {teacher!r}; it has {', '.join(f'{n} ({name})' for n, name in enumerate(names))}")
 
+    # ------------------------------------------------------------ one view, fast
+
+    def read_view(self, row: int, aug: int) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray]:
+        """One view of one row as it is stored; nothing is copied or decoded.
+
+        Returns:
+            Per teacher its stored values (for int8 (D,) int8, for int4 (ceil(D / 2),) uint8) with their float16 scale or scales (None for
+            dtypes without), and the parameters, uint8 (16,), for `distill.augment.apply`. All are views into mapped files.
+        """
+        if not (0 <= row < self._rows and 0 <= aug < self._views):
+            self._check(np.asarray([row]), np.asarray([aug]), self.n_augmentations, "augmentation")
+        number = bisect_right(self._edges, row) - 1
+        local = row - self._edges[number]
+        parameters, place, teachers = self._stack(number).views[aug]
+        return [(values[local, n], scales[local, n] if scales is not None else None) for values, scales, n in teachers], parameters[local, place]
+
+    def read_view_float(self, row: int, aug: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """`read_view`, decoded: per teacher float32 (D,) of unit norm, and the parameters, uint8 (16,)."""
+        stored, parameters = self.read_view(row, aug)
+        vectors = [decode_unit(values, scales, self.dtype, facts.dim) for (values, scales), facts in zip(stored, self.teachers, strict=True)]
+        return vectors, parameters
+
+    # ------------------------------------------------------------ batches
+
     def image_embeddings(self, teacher: int | str, rows: np.ndarray, augs: np.ndarray) -> np.ndarray:
         """rows (B,), augs (B,) -> float32 (B, D), unit norm."""
         rows, augs = self._check(rows, augs, self.n_augmentations, "augmentation")
-        return self._vectors(f"image.{self.teacher_index(teacher)}", self.teachers[self.teacher_index(teacher)].dim, rows, augs)
+        t = self.teacher_index(teacher)
+        layers, items = self._view_places[t + 1]
+        return self._vectors(f"image.{t}", t, rows, layers[augs], items[augs])
 
     def text_embeddings(self, teacher: int | str, rows: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """rows (B,), captions (B,) -> float32 (B, D), unit norm."""
         rows, captions = self._check(rows, captions, self.caption_counts, "caption")
-        return self._vectors(f"text.{self.teacher_index(teacher)}", self.teachers[self.teacher_index(teacher)].dim, rows, captions)
+        t = self.teacher_index(teacher)
+        layers, items = self._find_captions(rows, captions)
+        own = next(layer.number for layer in self.layers if t in layer.teachers)
+        late = layers < own  # a teacher that came later holds all captions of before, by their run-on numbers
+        return self._vectors(f"text.{t}", t, rows, np.where(late, own, layers), np.where(late, captions, items))
 
     def augmentation(self, rows: np.ndarray, augs: np.ndarray) -> np.ndarray:
         """rows (B,), augs (B,) -> uint8 (B, 16), for `distill.augment.apply`."""
         rows, augs = self._check(rows, augs, self.n_augmentations, "augmentation")
-        out = np.empty((len(rows), augment.PACKED_BYTES), np.uint8)
-        for part, local, where in self._split(rows):
-            out[where] = part.get("augmentations")[local, augs[where]]
+        layers, items = self._view_places[0]
+        out = np.empty((len(rows), PARAMETER_BYTES), np.uint8)
+        self._copy(["augmentations"], [out], rows, layers[augs], items[augs])
         return out
 
     def caption(self, row: int, j: int) -> Caption:
         """Caption j of a row. Raises StoreError when there is none."""
-        rows, _ = self._check(np.asarray([row]), np.asarray([j]), self.caption_counts, "caption")
-        number = int(np.searchsorted(self._starts, rows[0], side="right")) - 1
-        part, local = self._parts[number], int(rows[0] - self._starts[number])
-        start, stop = part.get("captions.offsets")[local, j : j + 2]
+        rows, captions = self._check(np.asarray([row]), np.asarray([j]), self.caption_counts, "caption")
+        layers, items = self._find_captions(rows, captions)
+        number = bisect_right(self._edges, int(rows[0])) - 1
+        part, local, item = self._stack(number).parts[int(layers[0])], int(rows[0]) - self._edges[number], int(items[0])
+        start, stop = part.get("captions.offsets")[local, item : item + 2].tolist()
         try:
             return Caption(
                 text=part.get("captions.bytes")[start:stop].tobytes().decode(),
-                type=TYPES[part.get("captions.types")[local, j]],
-                source=self.index["sources"][part.get("captions.sources")[local, j]],
-                language=self.index["languages"][part.get("captions.languages")[local, j]],
-                parent=int(part.get("captions.parents")[local, j]),
-                sentence=int(part.get("captions.sentences")[local, j]),
+                type=TYPES[part.get("captions.types")[local, item]],
+                source=self.index["sources"][part.get("captions.sources")[local, item]],
+                language=self.index["languages"][part.get("captions.languages")[local, item]],
+                parent=int(part.get("captions.parents")[local, item]),
+                sentence=int(part.get("captions.sentences")[local, item]),
             )
         except (IndexError, UnicodeDecodeError) as error:
             raise StoreError(f"store part '{part.path.name}' holds an unreadable caption at row {local} ({error}); reinforce again") from None
 
     def column(self, name: str) -> np.ndarray:
         """A per-sample column (N,) by name. Raises StoreError when there is none."""
-        if name not in self.index.get("columns", {}):
-            raise StoreError(f"the store has no column '{name}'; it has {', '.join(self.index.get('columns', {})) or 'none'}")
-        return self._gather_all(f"column.{name}")
+        if name not in self.index["columns"]:
+            raise StoreError(f"the store has no column '{name}'; it has {', '.join(self.index['columns']) or 'none'}")
+        layer = self.index["columns"][name].get("layer", 0)
+        found = [np.array(stack.parts[layer].get(f"column.{name}")) for stack in self._stacks()]
+        return np.concatenate(found) if found else np.zeros(0, np.float32)
 
-    def _gather_all(self, name: str) -> np.ndarray:
-        return np.concatenate([part.get(name) for part in self._parts]) if self._parts else np.zeros(0, np.int64)
+    # ------------------------------------------------------------ where things are
+
+    def _find_views(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Layer and place in it of every view: of its parameters, then of its vectors for each teacher. Each (A,) int64."""
+        layers, items = np.zeros((1 + len(self.teachers), self._views), np.int64), np.zeros((1 + len(self.teachers), self._views), np.int64)
+        for layer in self.layers:
+            span = slice(layer.views.start, layer.views.stop)
+            for line in [*([0] if layer.adds_views else []), *(t + 1 for t in layer.teachers)]:
+                layers[line, span], items[line, span] = layer.number, np.arange(len(layer.views))
+        return list(zip(layers, items, strict=True))
+
+    def _find_captions(self, rows: np.ndarray, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Layer and place in it of captions (B,) of rows (B,), by their run-on numbers."""
+        layers, items = np.zeros(len(rows), np.int64), captions.copy()
+        for layer, starts in zip(self._caption_layers[1:], self._caption_starts[1:], strict=True):
+            here = captions >= starts[rows]
+            layers[here], items[here] = layer.number, captions[here] - starts[rows[here]]
+        return layers, items
+
+    def _gather(self) -> None:
+        """Read what is held in memory: keys, pair rows and counts. Opens, and so checks, every part once."""
+        keys: list[str] = []
+        pair_rows, counts = np.zeros(self._rows, np.int64), np.zeros((len(self._caption_layers), self._rows), np.int64)
+        for number, stack in enumerate(self._stacks()):
+            span = slice(self._edges[number], self._edges[number + 1])
+            keys += stack.parts[0].read_keys()
+            pair_rows[span] = stack.parts[0].get("pair_rows")
+            for n, layer in enumerate(self._caption_layers):
+                counts[n, span] = stack.parts[layer.number].get("n_captions")
+        if len(set(keys)) != self._rows:
+            raise StoreError(f"store '{self.path}' has {self._rows} rows with {len(set(keys))} different keys; keys must be unique, reinforce again")
+        self.keys: list[str] = keys
+        self.pair_rows: np.ndarray = pair_rows
+        """(N,) int64: row of each sample in the pairs folder that was reinforced."""
+        self.n_augmentations: np.ndarray = np.full(self._rows, self._views, np.int64)
+        """(N,) int64: stored views of each row, over all layers."""
+        self.caption_counts: np.ndarray = counts.sum(axis=0)
+        """(N,) int64: captions of each row, over all layers; caption 0 is the pair's own."""
+        self._caption_starts: np.ndarray = counts.cumsum(axis=0) - counts
+
+    def _stacks(self) -> Iterator[_Stack]:
+        return (self._stack(number) for number in range(len(self._entries)))
+
+    def _stack(self, number: int) -> _Stack:
+        """The mapped files of a base part. The one used longest ago is let go when there are too many; views into it stay valid."""
+        with self._lock:
+            stack = self._open.get(number)
+            if stack is not None:
+                self._open.move_to_end(number)
+                return stack
+            stack = self._map(number)
+            self._open[number] = stack
+            if len(self._open) > self._most_stacks:
+                self._open.popitem(last=False)
+            return stack
+
+    def _map(self, number: int) -> _Stack:
+        parts = [Part(self.path / entry["path"]) for entry in self._entries[number]]
+        if number not in self._checked:
+            for part, entry, layer in zip(parts, self._entries[number], self.layers, strict=True):
+                check_part(part, entry, layer, self.index)
+            self._check_late_texts(number, parts)
+            self._checked.add(number)
+        views = []
+        for aug in range(self._views):
+            (layer, item), *teachers = [(int(layers[aug]), int(items[aug])) for layers, items in self._view_places]
+            arrays = [(parts[at].arrays[f"image.{t}.embeddings"], parts[at].arrays.get(f"image.{t}.scales"), place) for t, (at, place) in enumerate(teachers)]
+            views.append((parts[layer].arrays["augmentations"], item, arrays))
+        return _Stack(parts=parts, views=views)
+
+    def _check_late_texts(self, number: int, parts: list[Part]) -> None:
+        """A later teacher must have a text vector for every caption that existed before it."""
+        for layer, part in zip(self.layers, parts, strict=True):
+            if layer.kind == "teachers" and self._entries[number][0]["rows"]:
+                earlier = [other.number for other in self.layers[: layer.number] if other.adds_captions]
+                most = int(np.sum([parts[n].get("n_captions").astype(np.int64) for n in earlier], axis=0).max())
+                if part.get(f"text.{layer.teachers[0]}.embeddings").shape[1] < most:
+                    raise StoreError(f"store part '{part.path.name}' has fewer text embeddings than its rows have captions ({most}); append layer {layer.number} again")
+
+    # ------------------------------------------------------------ reading
 
     def _check(self, rows: np.ndarray, items: np.ndarray, counts: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
         rows, items = np.atleast_1d(np.asarray(rows, np.int64)), np.atleast_1d(np.asarray(items, np.int64))
@@ -188,102 +266,53 @@ class Store:
             raise StoreError(f"row {rows[bad[0]]} has no {what} {items[bad[0]]}; it has {counts[rows[bad[0]]]}")
         return rows, items
 
-    def _split(self, rows: np.ndarray) -> list[tuple[Part, np.ndarray, np.ndarray]]:
-        """Per part that is touched: the part, row numbers inside it, positions in the answer."""
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        return [
-            (self._parts[number], rows[where] - self._starts[number], where)
-            for number in np.unique(numbers)
-            for where in [np.flatnonzero(numbers == number)]
-        ]
+    def _vectors(self, name: str, teacher: int, rows: np.ndarray, layers: np.ndarray, items: np.ndarray) -> np.ndarray:
+        dim = self.teachers[teacher].dim
+        if not len(rows):
+            return np.zeros((0, dim), np.float32)
+        sample = self._stack(bisect_right(self._edges, int(rows[0])) - 1).parts[int(layers[0])]
+        names = [array for array in (f"{name}.embeddings", f"{name}.scales") if array in sample.arrays]
+        found = [np.empty((len(rows), *sample.arrays[array].shape[2:]), sample.arrays[array].dtype) for array in names]
+        self._copy(names, found, rows, layers, items)
+        return unit(decode(found[0], found[1] if len(found) > 1 else None, self.dtype, dim))
 
-    def _vectors(self, name: str, dim: int, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-        out = np.empty((len(rows), dim), np.float32)
-        for part, local, where in self._split(rows):
-            values = part.get(f"{name}.embeddings")[local, items[where]]
-            if self.dtype == "int8":
-                out[where] = values.astype(np.float32) * part.get(f"{name}.scales")[local, items[where]].astype(np.float32)[:, None]
-            else:
-                out[where] = from_bfloat16(values) if self.dtype == "bfloat16" else values
-        return unit(out)
+    def _copy(self, names: list[str], outs: list[np.ndarray], rows: np.ndarray, layers: np.ndarray, items: np.ndarray) -> None:
+        """Fill outs[k][i] with array names[k] at (row, item) of the layer, part by part; then all is decoded at once."""
+        numbers = np.searchsorted(self._edges, rows, side="right") - 1
+        local = rows - np.asarray(self._edges)[numbers]
+        codes = numbers * len(self.layers) + layers
+        order = np.argsort(codes, kind="stable")
+        ends = np.flatnonzero(np.diff(codes[order], append=-1)) + 1
+        start = 0
+        for stop in ends.tolist():
+            where = order[start:stop]
+            number, layer = divmod(int(codes[where[0]]), len(self.layers))
+            part = self._stack(number).parts[layer]
+            for name, out in zip(names, outs, strict=True):
+                array = part.arrays[name]
+                if stop - start <= _FEW:
+                    for place in where.tolist():
+                        out[place] = array[local[place], items[place]]
+                else:
+                    out[where] = array[local[where], items[where]]
+            start = stop
 
 
-def open_store(path: str | os.PathLike[str], verify: bool = False) -> Store:
-    """Open a store and check that index and parts agree: files, sizes, row counts, shapes, keys; with `verify` also every sha256.
+def open_store(path: str | os.PathLike[str], verify: bool = False, max_open: int | None = None) -> Store:
+    """Open a store and check that index and parts agree: files, sizes, row counts, shapes, keys; with `verify` also every byte.
+
+    max_open: files mapped at a time; None: as many as half of this process's limit of open files, at most 4096.
 
     Raises:
-        StoreError: no index (reinforcement did not finish), another schema, or any disagreement; the message names the part.
+        StoreError: no index (reinforcement did not finish), another schema, or any disagreement; the message names the part, and the rows
+            where bytes have changed.
     """
     folder = Path(path)
     index = read_index(folder)
-    parts = []
-    for entry in index["parts"]:
-        part = Part(folder / entry["path"])
-        if part.bytes != entry["bytes"]:
-            raise StoreError(f"store part '{entry['path']}' has {part.bytes} bytes, the index says {entry['bytes']}; it is truncated or changed, reinforce again")
-        if verify and (found := file_sha256(part.path)) != entry["sha256"]:
-            raise StoreError(f"store part '{entry['path']}' has changed: sha256 {found[:16]}…, the index says {entry['sha256'][:16]}…; reinforce again")
-        _check_part(part, entry, index)
-        parts.append(part)
-    store = Store(folder, index, parts)
-    if len(store) != index["rows"] or len(set(store.keys)) != len(store):
-        raise StoreError(f"store '{folder}' has {len(store)} rows with {len(set(store.keys))} different keys, the index says {index['rows']}; reinforce again")
-    return store
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """index.json, checked for schema and the fields that a reader needs. Raises StoreError."""
-    path = folder / INDEX
-    if not path.is_file():
-        raise StoreError(f"'{folder}' is not a finished store: it has no {INDEX}; run mclip reinforce (again, it continues)")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StoreError(f"'{path}' is not JSON ({error}); reinforce again") from None
-    if not isinstance(index, dict) or index.get("schema") != SCHEMA or index.get("kind") != "store":
-        found = index.get("schema") if isinstance(index, dict) else type(index).__name__
-        raise StoreError(f"'{path}' has schema {found!r}, this release reads store schema {SCHEMA}; update it or reinforce again")
-    kinds = {"teachers": list, "parts": list, "rows": int, "dtype": str, "sources": list, "languages": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(index.get(name), kind)]
-    facts = {"path": str, "rows": int, "bytes": int, "sha256": str, "keys_sha256": str}
-    for n, entry in enumerate(index["parts"] if "parts" not in wrong else []):
-        if not isinstance(entry, dict) or any(not isinstance(entry.get(name), kind) for name, kind in facts.items()):
-            wrong.append(f"parts[{n}]")
-        elif Path(entry["path"]).name != entry["path"]:
-            raise StoreError(f"'{path}' names the part '{entry['path']}', which lies outside the store; the index is not to be trusted")
-        elif entry.get("kind", "rows") != "rows":
-            raise StoreError(f"'{path}' has a part of kind '{entry['kind']}', this release reads 'rows'; update it or reinforce again")
-    if wrong or index["dtype"] not in DTYPES:
-        raise StoreError(f"'{path}' has unusable fields: {', '.join(wrong) or 'dtype'}; reinforce again")
     try:
         [TeacherFacts(**facts) for facts in index["teachers"]]
     except TypeError as error:
-        raise StoreError(f"'{path}' has an unusable teacher ({error}); reinforce again") from None
-    return index
-
-
-def _check_part(part: Part, entry: dict[str, Any], index: dict[str, Any]) -> None:
-    n = entry["rows"]
-    expected = {"pair_rows": 1, "n_augmentations": 1, "n_captions": 1, "augmentations": 3, "captions.offsets": 2, "captions.types": 2,
-                "captions.sources": 2, "captions.languages": 2, "captions.parents": 2, "captions.sentences": 2}  # fmt: skip
-    for t in range(len(index["teachers"])):
-        expected |= {f"image.{t}.embeddings": 3, f"text.{t}.embeddings": 3}
-        expected |= {f"image.{t}.scales": 2, f"text.{t}.scales": 2} if index["dtype"] == "int8" else {}
-    expected |= {f"column.{name}": 1 for name in index.get("columns", {})}
-    for name, dimensions in expected.items():
-        array = part.get(name)
-        if array.ndim != dimensions or array.shape[0] != n:
-            raise StoreError(f"store part '{entry['path']}': array '{name}' has shape {array.shape}, the index says {n} rows; reinforce again")
-    if len(part.get("keys.offsets")) != n + 1 or hash_keys(part.read_keys()) != entry["keys_sha256"]:
-        raise StoreError(f"store part '{entry['path']}' holds other keys than the index says; it belongs to another store, reinforce again")
-    views, captions = part.get("augmentations").shape[1], part.get("captions.types").shape[1]
-    kinds = {"int8": "I8", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    for t, facts in enumerate(index["teachers"]):
-        for name, count in ((f"image.{t}", views), (f"text.{t}", captions)):
-            array = part.get(f"{name}.embeddings")
-            if array.shape != (n, count, facts["dim"]) or array.dtype != np.dtype(_NUMPY[kinds[index["dtype"]]]):
-                raise StoreError(
-                    f"store part '{entry['path']}': '{name}' is {array.dtype} {array.shape}, the index says {index['dtype']} ({n}, {count}, {facts['dim']}); reinforce again"
-                )
-    if n and (part.get("n_augmentations").max() > views or part.get("n_captions").max() > captions or part.get("captions.offsets").shape[1] != captions + 1):
-        raise StoreError(f"store part '{entry['path']}' counts more augmentations or captions than it holds; it is damaged, reinforce again")
+        raise StoreError(f"'{folder}' has an unusable teacher ({error}); reinforce again") from None
+    if verify:
+        verify_store(folder)
+    return Store(folder, index, max_open or min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))

@@ -22,6 +22,8 @@ from runtime.errors import StoreError
 
 TABLES = {"sources": ["pairs", "emoji"], "languages": ["en"]}
 VIEWS = 3
+FLOOR = {"float32": 0.9999999, "float16": 0.999999, "bfloat16": 0.99999, "int8": 0.9999, "int4": 0.99}
+"""Cosine that a stored vector must keep."""
 
 
 def make_rows(rng: np.random.Generator, start: int, count: int, dims: tuple[int, ...]) -> PartRows:
@@ -71,9 +73,9 @@ def test_every_row_comes_back(tmp_path: Path, dtype: str) -> None:
         found = store.image_embeddings(t, rows, augs)
         assert found.dtype == np.float32
         assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
-        assert (found * expected).sum(1).min() > (0.9999 if dtype == "int8" else 0.99999)
+        assert (found * expected).sum(1).min() > FLOOR[dtype]
         text = np.concatenate([part.text_embeddings[t] for part in made])[rows, 0]
-        assert (store.text_embeddings(f"t{t}", rows, np.zeros(5, int)) * text).sum(1).min() > 0.9999
+        assert (store.text_embeddings(f"t{t}", rows, np.zeros(5, int)) * text).sum(1).min() > FLOOR[dtype]
     assert np.array_equal(store.augmentation(rows, augs), np.concatenate([part.augmentations for part in made])[rows, augs])
     assert np.array_equal(store.column("similarity"), np.concatenate([part.columns["similarity"] for part in made]))
     captions = [caption for part in made for caption in part.captions]
@@ -181,26 +183,33 @@ def cut(path: Path, keep: int) -> None:
 DAMAGE = {
     "no index": (lambda f: (f / "index.json").unlink(), "not a finished store"),
     "index is not JSON": (lambda f: cut(f / "index.json", 100), "is not JSON"),
-    "another schema": (lambda f: edit_index(f, lambda i: i.update(schema=2)), "schema 2"),
-    "index is a list": (lambda f: (f / "index.json").write_text("[]"), "schema 'list'"),
+    "another schema": (lambda f: edit_index(f, lambda i: i.update(schema=1)), "has schema 1, this release reads store schema 2"),
+    "index is a list": (lambda f: (f / "index.json").write_text("[]"), "a list instead of an object"),
     "no parts": (lambda f: edit_index(f, lambda i: i.pop("parts")), "unusable fields: parts"),
     "a part that leaves the folder": (lambda f: edit_index(f, lambda i: i["parts"][0].update(path="../s.0000.safetensors")), "outside the store"),
     "an unknown kind of part": (lambda f: edit_index(f, lambda i: i["parts"][0].update(kind="views")), "kind 'views'"),
     "an unusable teacher": (lambda f: edit_index(f, lambda i: i["teachers"][0].update(colour="red")), "unusable teacher"),
-    "a teacher of another dimension": (lambda f: edit_index(f, lambda i: i["teachers"][0].update(dim=25)), "'image.0' is int8"),
-    "one teacher too many": (lambda f: edit_index(f, lambda i: i["teachers"].append(i["teachers"][0])), "lacks the array 'image.2.embeddings'"),
-    "another dtype": (lambda f: edit_index(f, lambda i: i.update(dtype="float32")), "the index says float32"),
+    "a teacher of another dimension": (lambda f: edit_index(f, lambda i: i["teachers"][0].update(dim=25)), r"'image.0.embeddings' is I8 \(5, 3, 24\)"),
+    "a teacher twice": (lambda f: edit_index(f, lambda i: i["teachers"].append(i["teachers"][0])), "two teachers of one name"),
+    "a teacher that no part holds": (lambda f: edit_index(f, _one_more_teacher), "lacks the array 'image.2.embeddings'"),
+    "one teacher too many": (lambda f: edit_index(f, lambda i: i["teachers"].append({**i["teachers"][0], "name": "x"})), "lists 3 teachers"),
+    "another dtype": (lambda f: edit_index(f, lambda i: i.update(dtype="float32")), "the index says F32"),
     "a missing part": (lambda f: (f / "s.0002.safetensors").unlink(), "'s.0002.safetensors' cannot be opened"),
     "a truncated part": (lambda f: cut(f / "s.0002.safetensors", 2000), "s.0002.safetensors' is truncated"),
     "an empty part": (lambda f: cut(f / "s.0002.safetensors", 0), "s.0002.safetensors' has 0 bytes"),
-    "a part with bytes added": (lambda f: (f / "s.0000.safetensors").write_bytes((f / "s.0000.safetensors").read_bytes() + b"x"), "the index says"),
+    "a part with bytes added": (lambda f: (f / "s.0000.safetensors").write_bytes((f / "s.0000.safetensors").read_bytes() + b"x"), "damaged in its header"),
     "two parts exchanged": (lambda f: _exchange(f), "the index says"),
-    "another row count": (lambda f: edit_index(f, lambda i: i["parts"][0].update(rows=4)), "the index says 4 rows"),
-    "another total": (lambda f: edit_index(f, lambda i: i.update(rows=13)), "has 12 rows"),
+    "another row count": (lambda f: edit_index(f, lambda i: i["parts"][0].update(rows=4)), "says 12 rows, its parts have 11"),
+    "another total": (lambda f: edit_index(f, lambda i: i.update(rows=13)), "says 13 rows, its parts have 12"),
     "other keys": (lambda f: edit_index(f, lambda i: i["parts"][0].update(keys_sha256="0" * 64)), "other keys"),
     "a column that is not there": (lambda f: edit_index(f, lambda i: i["columns"].update(flags={})), "lacks the array 'column.flags'"),
     "a header of four gigabytes": (lambda f: _header_length(f / "s.0000.safetensors"), "truncated or no safetensors file"),
 }
+
+
+def _one_more_teacher(index: dict) -> None:
+    index["teachers"].append({**index["teachers"][0], "name": "x"})
+    index["layers"][0]["teachers"].append(2)
 
 
 def _exchange(folder: Path) -> None:
