@@ -166,6 +166,18 @@ class Store:
         except (IndexError, UnicodeDecodeError) as error:
             raise StoreError(f"store part '{part.path.name}' holds an unreadable caption at row {local} ({error}); reinforce again") from None
 
+    def caption_types(self, rows: np.ndarray) -> np.ndarray:
+        """rows (B,) -> uint8 (B, C): index into `captions.TYPES` of every caption, 255 beyond a row's count; C = the most captions of these rows."""
+        rows = np.atleast_1d(np.asarray(rows, np.int64))
+        counts = self.caption_counts[rows]
+        out = np.full((len(rows), int(counts.max(initial=0))), 255, np.uint8)
+        places, captions = np.nonzero(np.arange(out.shape[1]) < counts[:, None])
+        layers, items = self._find_captions(rows[places], captions)
+        found = np.empty(len(places), np.uint8)
+        self._copy(["captions.types"], [found], rows[places], layers, items)
+        out[places, captions] = found
+        return out
+
     def column(self, name: str) -> np.ndarray:
         """A per-sample column (N,) by name. Raises StoreError when there is none."""
         if name not in self.index["columns"]:
