@@ -112,6 +112,17 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     photographs = threading.Thread(target=_stamps, args=(place, stages))
     if not config.quick:
         photographs.start()
+    prepare(config, place, stages)
+    if photographs.is_alive():
+        photographs.join()
+    # Two chains, one core each, of about the same length: the reinforced student is trained, loses a quarter of its feed-forward
+    # widths, becomes a bundle and is evaluated, then the teachers are; meanwhile the plain student and the sample teacher at its
+    # larger input go their ways. The exporter times int8 against fp32 in strict turns, so that the neighbour meets both alike.
+    stages.chains(lambda: _student(config, place, stages), lambda: _rest(config, place, stages))
+
+
+def prepare(config: DemoConfig, place: Layout, stages: Stages) -> None:
+    """Sample data, two teachers, and the store of what they know: what every later stage, and other suites, start from."""
     seed = ["--seed", str(config.seed)]
     slice_ = ["--concepts", str(config.concepts)] if config.concepts else []
     stages.run("sample", [["mobileclip.cli", "sample", "emoji", str(place.out / "pairs"), "--web-noise", "0.5", *slice_, *seed]], outputs=[place.out / "pairs/sample.json"])
@@ -131,12 +142,6 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
           "--augmentations", str(config.augmentations), "--workers", "2", *seed]],
         inputs=[*receipt, *teacher_receipts], outputs=[place.store / "index.json"],
     )  # fmt: skip
-    if photographs.is_alive():
-        photographs.join()
-    # Two chains, one core each, of about the same length: the reinforced student is trained, loses a quarter of its feed-forward
-    # widths, becomes a bundle and is evaluated, then the teachers are; meanwhile the plain student and the sample teacher at its
-    # larger input go their ways. The exporter times int8 against fp32 in strict turns, so that the neighbour meets both alike.
-    stages.chains(lambda: _student(config, place, stages), lambda: _rest(config, place, stages))
 
 
 def _train(recipe: str, out: Path, config: DemoConfig, place: Layout, stages: Stages) -> None:
