@@ -115,8 +115,25 @@ def rotate(vectors: np.ndarray) -> np.ndarray:
 
 
 def unrotate(vectors: np.ndarray) -> np.ndarray:
-    """The inverse of `rotate`."""
-    return _hadamard(vectors) * rotation_signs(vectors.shape[-1])
+    """The inverse of `rotate`, by two products with small matrices: Sylvester's matrix is the Kronecker product of two smaller ones."""
+    dim = vectors.shape[-1]
+    size = block_size(dim)
+    if size > 1:
+        rows = 1 << (size.bit_length() // 2)
+        across, down = hadamard_matrix(size // rows), hadamard_matrix(rows)
+        turned = vectors.reshape(-1, size // rows) @ across
+        turned = turned.reshape(-1, rows, size // rows).transpose(0, 2, 1).reshape(-1, rows) @ down
+        vectors = turned.reshape(-1, size // rows, rows).transpose(0, 2, 1).reshape(vectors.shape)
+    return vectors * rotation_signs(dim)
+
+
+@functools.lru_cache(maxsize=16)
+def hadamard_matrix(size: int) -> np.ndarray:
+    """(size, size) float32, orthonormal and symmetric, in Sylvester's order; size is a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.ascontiguousarray(matrix * np.float32(size**-0.5), np.float32)
 
 
 def _hadamard(vectors: np.ndarray) -> np.ndarray:
@@ -141,25 +158,47 @@ def _hadamard(vectors: np.ndarray) -> np.ndarray:
 def quantise_int4(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 (…, D) -> uint8 (…, ceil(D / 2)), the even value in the low half of its byte, and float16 scales (…, G).
 
-    A scale starts at the root mean square and is refined three times to the least squared error for the levels chosen with it.
+    Each scale is the one of least squared error among those that follow from nine trial scales around the root mean square.
     """
     dim = vectors.shape[-1]
     groups = int4_scales(dim)
     turned = rotate(vectors).reshape(*vectors.shape[:-1], groups, dim // groups)
-    scales = np.sqrt((turned * turned).mean(axis=-1, dtype=np.float32))
-    for _ in range(3):
-        levels = LEVELS[nearest_level(turned, scales)]
-        scales = (turned * levels).sum(axis=-1, dtype=np.float32) / (levels * levels).sum(axis=-1, dtype=np.float32)
-    half = np.maximum(scales.astype(np.float16), _SMALLEST)
+    half = np.maximum(_best_scales(turned).astype(np.float16), _SMALLEST)
     codes = nearest_level(turned, half.astype(np.float32)).reshape(*vectors.shape[:-1], dim)
     if dim % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), half
 
 
-def nearest_level(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _best_scales(turned: np.ndarray) -> np.ndarray:
+    """float32 (…, g) -> float32 (…). For levels l chosen with a trial scale, s = vl/ll has the least error, vv - (vl)^2/ll."""
+    spread = np.maximum(np.sqrt((turned * turned).mean(axis=-1, dtype=np.float32)), np.float32(_SMALLEST))
+    shares = turned * (np.float32(_BINS) / spread)[..., None]
+    best, scales = np.full(spread.shape, -1, np.float32), spread
+    for trial in np.arange(0.76, 1.25, 0.06):
+        bins = np.clip(shares * np.float32(1 / trial) + np.float32(4 * _BINS), 0, 8 * _BINS - 1).astype(np.intp)
+        levels = _level_table().take(bins)
+        gain = (turned * levels).sum(axis=-1, dtype=np.float32)
+        energy = (levels * levels).sum(axis=-1, dtype=np.float32)
+        better = gain * gain > best * energy
+        best, scales = np.where(better, gain * gain / energy, best), np.where(better, gain / energy, scales)
+    return scales
+
+
+_BINS = 64
+"""Bins a unit of the table that finds levels while a scale is sought; the values that are stored are found exactly."""
+
+
+@functools.lru_cache(maxsize=1)
+def _level_table() -> np.ndarray:
+    """(8 * _BINS,) float32: the level nearest to the middle of each bin, from -4 to 4."""
+    middles = ((np.arange(8 * _BINS) - 4 * _BINS + 0.5) / _BINS).astype(np.float32)
+    return LEVELS[nearest_level(middles, np.float32(1))]
+
+
+def nearest_level(values: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     """float32 (…, g), scales (…) -> uint8 (…, g): number of the level nearest to value / scale; the upper one where two are alike."""
-    shares = values / np.maximum(scales, np.float32(_SMALLEST))[..., None]
+    shares = values / np.asarray(scales)[..., None]
     codes = np.zeros(shares.shape, np.uint8)
     for bound in (LEVELS[1:] + LEVELS[:-1]) / 2:  # fifteen comparisons are faster than a search
         codes += shares >= bound
@@ -176,25 +215,7 @@ def _level_pairs() -> np.ndarray:
 def dequantise_int4(packed: np.ndarray, scales: np.ndarray, dim: int) -> np.ndarray:
     """uint8 (…, ceil(D / 2)) and float16 (…, G) -> float32 (…, D)."""
     groups = scales.shape[-1]
-    levels = _level_pairs()[packed].reshape(*packed.shape[:-1], -1)[..., :dim]
-    turned = (levels.reshape(*levels.shape[:-1], groups, dim // groups) * scales.astype(np.float32)[..., None]).reshape(levels.shape)
-    return _unrotate_one(turned) if turned.ndim == 1 else unrotate(turned)
-
-
-@functools.lru_cache(maxsize=64)
-def _hadamard_matrix(size: int) -> np.ndarray:
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.ascontiguousarray(matrix * np.float32(size**-0.5), np.float32)
-
-
-def _unrotate_one(vector: np.ndarray) -> np.ndarray:
-    """`unrotate` of one vector (D,) by two small matrix products: a Hadamard matrix is the Kronecker product of two smaller ones."""
-    dim = len(vector)
-    size = block_size(dim)
-    rows = 1 << (size.bit_length() // 2)
-    blocks = vector.reshape(-1, rows, size // rows) if size > 1 else vector.reshape(-1, 1, 1)
-    if size > 1:
-        blocks = _hadamard_matrix(rows) @ (blocks @ _hadamard_matrix(size // rows))
-    return blocks.reshape(dim) * rotation_signs(dim)
+    levels = _level_pairs().take(packed, axis=0).reshape(-1, 2 * packed.shape[-1])[:, :dim]
+    turned = levels.reshape(-1, groups, dim // groups)
+    turned = turned * scales.astype(np.float32).reshape(-1, groups, 1)
+    return unrotate(turned.reshape(-1, dim)).reshape(*packed.shape[:-1], dim)

@@ -27,7 +27,7 @@ CHECKSUMS = "row_crc32"
 UNROWED = ("keys.offsets", CHECKSUMS)
 """Arrays that are no row's: each has a checksum of its own, in the header."""
 
-INT4_GROUP = 128
+INT4_GROUP = 64
 """Values of a vector that share a scale in int4, where the dimension is a multiple of it."""
 
 _NUMPY = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
