@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,16 +93,14 @@ class Selection:
         columns[0] = np.unique(columns[0], return_inverse=True)[1]
         return np.lexsort(columns)
 
-    def drop_duplicates(self, rule: str, follows: str, rows: np.ndarray, kept: Kept, measure: str, **facts: Any) -> None:
-        """`kept` speaks of positions in `rows`."""
-        groups = kept.groups()
-        shown = [
-            {"kept": self.pairs.keys[rows[best]], "why": self._why(int(rows[best]), [int(rows[n]) for n in others]),
-             "dropped": [{"key": self.pairs.keys[rows[n]], measure: round(float(kept.apart[n]), 4)} for n in others]}
-            for best, others in groups.items()
-        ]  # fmt: skip
-        shown.sort(key=lambda group: group["kept"])
-        self.drop(rule, follows, rows[kept.dropped], **facts, groups=len(groups), examples=shown[:CAP])
+    def drop_duplicates(self, rule: str, follows: str, rows: np.ndarray, kept: Kept, describe: Callable[[int], dict[str, Any]], **facts: Any) -> None:
+        """`kept` and `describe` speak of positions in `rows`."""
+        groups, keys = kept.groups(), self.pairs.keys
+        shown = []
+        for best, others in sorted(groups.items(), key=lambda group: keys[rows[group[0]]])[:CAP]:
+            dropped = [{"key": keys[rows[n]], **describe(n)} for n in sorted(others, key=lambda n: keys[rows[n]])]
+            shown.append({"kept": keys[rows[best]], "why": self._why(int(rows[best]), [int(rows[n]) for n in others]), "dropped": dropped})
+        self.drop(rule, follows, rows[kept.dropped], **facts, groups=len(groups), examples=shown)
 
     def _why(self, best: int, others: list[int]) -> str:
         others_similarity = np.nan_to_num(self.similarity[others], nan=-2.0)
@@ -177,9 +176,9 @@ def exact_duplicates(selection: Selection) -> None:
     kept = duplicates.exact([value.tobytes() for value in facts.pixel_sha256[place]], selection.preference(rows))
     same_file = facts.file_sha256[place] == facts.file_sha256[place][kept.by]
     files = int((kept.dropped & same_file).sum())
-    kept.apart[:] = np.where(same_file, 0, 1)
     why = {name: count for name, count in (("the same file", files), ("the same pixels in another file", int(kept.dropped.sum()) - files)) if count}
-    selection.drop_duplicates("exact duplicates", "exact deduplication, as for LAION-2B (Webster et al. 2023)", rows, kept, "files_differ", why=why)
+    follows = "exact deduplication, as for LAION-2B (Webster et al. 2023)"
+    selection.drop_duplicates("exact duplicates", follows, rows, kept, lambda n: {"same": "file" if same_file[n] else "pixels"}, why=why)
 
 
 def near_duplicates(selection: Selection) -> None:
@@ -187,7 +186,7 @@ def near_duplicates(selection: Selection) -> None:
     rows, config = selection.rows, selection.config
     kept, spared = duplicates.near(facts.hashes[place], facts.thumbnails[place], selection.preference(rows), distance=config.near_distance, colour=config.near_colour)
     follows = "DCT hash (Zauner 2010), multi-index hashing (Norouzi et al. 2012)"
-    selection.drop_duplicates("near duplicates", follows, rows, kept, "bits", spared_for_their_colours=spared)
+    selection.drop_duplicates("near duplicates", follows, rows, kept, lambda n: {"bits": int(kept.apart[n])}, spared_for_their_colours=spared)
 
 
 def apart_from(selection: Selection) -> None:
@@ -231,7 +230,7 @@ def embedding_duplicates(selection: Selection) -> None:
     kept, cells = duplicates.embedded(
         lambda some: picture_vectors(store, where[some]), selection.preference(rows), threshold=config.embedding_duplicates or 0.0, cells=config.cells, seed=config.seed
     )
-    selection.drop_duplicates("embedding duplicates", "SemDeDup (Abbas et al. 2023)", rows, kept, "cosine", cells=cells)
+    selection.drop_duplicates("embedding duplicates", "SemDeDup (Abbas et al. 2023)", rows, kept, lambda n: {"cosine": round(float(kept.apart[n]), 4)}, cells=cells)
 
 
 def similarity(selection: Selection) -> None:
