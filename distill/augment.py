@@ -6,7 +6,8 @@ low half of byte 0 is the version in both.
 
     version 2 (written)                                          version 1 (still replayed)
     byte 0       version (2); bit 4: mirrored left to right;     byte 0       version (1)
-                 bit 5: a box is erased                          byte 1       bit 0: mirrored left to right
+                 bit 5: a box is erased; bit 6: drawn as         byte 1       bit 0: mirrored left to right
+                 torchvision does
     bytes 1-8    crop top, left, height, width: u16, in          bytes 2-9    the crop, as in version 2
                  1/65535 of the source's height, width,
                  height, width
@@ -19,6 +20,10 @@ low half of byte 0 is the version in both.
 
 A magnitude is i16/32767 of the operation's full scale (FULL_SCALE), for Posterize the bits kept, for Solarize the threshold. Full
 scales belong to the version: the bytes alone decide the pixels, no spec is needed to replay them.
+
+Bit 6 is for views that torchvision drew for the teachers elsewhere (DataCompDR): the box is cut out at whole pixels before it is
+resized, shears are about the upper left corner, and geometry takes the nearest pixel and uncovers black (the defaults of its
+RandAugment).
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ VERSION = 2
 PACKED_BYTES = 16
 _LAYOUT = struct.Struct("<BHHHHBhhH")
 _LAYOUT_1 = struct.Struct("<BBHHHHBhBh")
-_MIRRORED, _ERASED = 16, 32
+_MIRRORED, _ERASED, _TORCHVISION = 16, 32, 64
 UNIT = 65535
 """Crop boxes are held in 1/UNIT of the source."""
 ERASE_UNIT = 16
@@ -129,7 +134,8 @@ def photographs() -> AugmentSpec:
 class Parameters:
     """One view, as integers, exactly what the sixteen bytes hold.
 
-    Crop in 1/UNIT of the source; operations as (index, i16 magnitude); erase: top, left, height, width in 1/ERASE_UNIT of the view.
+    Crop in 1/UNIT of the source; operations as (index, i16 magnitude); erase: top, left, height, width in 1/ERASE_UNIT of the view;
+    torchvision: drawn as torchvision's RandomResizedCrop and RandAugment do.
     """
 
     top: int
@@ -140,13 +146,14 @@ class Parameters:
     first: tuple[int, int]
     second: tuple[int, int]
     erase: tuple[int, int, int, int] | None = None
+    torchvision: bool = False
 
 
 def pack(parameters: Parameters) -> bytes:
     """Parameters -> 16 bytes of version 2. Raises StoreError when a field is out of range."""
     _check(parameters)
     p = parameters
-    head = VERSION | (_MIRRORED if p.flip else 0) | (_ERASED if p.erase else 0)
+    head = VERSION | (_MIRRORED if p.flip else 0) | (_ERASED if p.erase else 0) | (_TORCHVISION if p.torchvision else 0)
     top, left, height, width = p.erase or (0, 0, 1, 1)
     erased = top | left << 4 | height - 1 << 8 | width - 1 << 12
     (op_a, value_a), (op_b, value_b) = p.first, p.second
@@ -171,12 +178,12 @@ def unpack(packed: bytes | bytearray | memoryview | np.ndarray) -> Parameters:
 
 def _unpack_2(packed: bytes) -> Parameters:
     head, top, left, height, width, operations, value_a, value_b, erased = _LAYOUT.unpack(packed)
-    if head & 0xC0 or (erased and not head & _ERASED):
+    if head & 0x80 or (erased and not head & _ERASED):
         raise StoreError(f"augmentation parameters have flags {head >> 4} and an erased box {erased:#06x}; the store is damaged, reinforce again")
     box = (erased & 15, erased >> 4 & 15, (erased >> 8 & 15) + 1, (erased >> 12) + 1)
     return Parameters(
         top=top, left=left, height=height, width=width, flip=bool(head & _MIRRORED), first=(operations & 15, value_a), second=(operations >> 4, value_b),
-        erase=box if head & _ERASED else None,
+        erase=box if head & _ERASED else None, torchvision=bool(head & _TORCHVISION),
     )  # fmt: skip
 
 
@@ -291,13 +298,16 @@ def draw(image: Image.Image, p: Parameters, size: int, extent: tuple[float, floa
     height, width = extent
     top, left = origin[0] + p.top / UNIT * height, origin[1] + p.left / UNIT * width
     box = (left, top, min(left + p.width / UNIT * width, image.width), min(top + p.height / UNIT * height, image.height))
+    if p.torchvision:
+        image, box = _cut(image, box)
     view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if p.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for index, value in (p.first, p.second):
         name = OPERATIONS[index]
         if name != "Identity":
-            view = apply_operation(view, name, value * FULL_SCALE[name] / _FULL if name in FULL_SCALE else value)
+            magnitude = value * FULL_SCALE[name] / _FULL if name in FULL_SCALE else value
+            view = apply_operation(view, name, _drawn_magnitude(name, magnitude) if p.torchvision else magnitude, p.torchvision)
     if p.erase is not None:
         top, left, height, width = p.erase
         edges = (round(side * size / ERASE_UNIT) for side in (left, top, left + width, top + height))
@@ -305,9 +315,27 @@ def draw(image: Image.Image, p: Parameters, size: int, extent: tuple[float, floa
     return view
 
 
-def apply_operation(view: Image.Image, name: str, magnitude: float) -> Image.Image:
+def _cut(image: Image.Image, box: tuple[float, float, float, float]) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """The pixels that a box touches, and the box in them. Sides that are whole but for the rounding to 1/UNIT are whole."""
+    left, top, right, bottom = (round(side) if abs(side - round(side)) < 0.1 else side for side in box)
+    left, top = min(left, image.width - 0.1), min(top, image.height - 0.1)
+    x, y = math.floor(left), math.floor(top)
+    cut = image.crop((x, y, max(math.ceil(right), x + 1), max(math.ceil(bottom), y + 1)))
+    return cut, (left - x, top - y, max(right - x, left - x + 0.1), max(bottom - y, top - y + 0.1))
+
+
+def _drawn_magnitude(name: str, magnitude: float) -> float:
+    """torchvision draws whole degrees and hundredths: what is one but for the rounding to 16 bits is one, so that no tie falls the other way."""
+    grid = {"Rotate": 1.0, "TranslateX": 0.0, "TranslateY": 0.0}.get(name, 0.01)
+    if name not in FULL_SCALE or not grid:
+        return magnitude
+    near = round(magnitude / grid) * grid
+    return near if abs(magnitude - near) <= 0.51 * FULL_SCALE[name] / _FULL else magnitude
+
+
+def apply_operation(view: Image.Image, name: str, magnitude: float, torchvision: bool = False) -> Image.Image:
     """One operation of OPERATIONS on an RGB view, its magnitude in the units of FULL_SCALE (Posterize: bits, Solarize: threshold)."""
-    return _APPLY[name](view, magnitude)
+    return _APPLY_TORCHVISION.get(name, _APPLY[name])(view, magnitude) if torchvision else _APPLY[name](view, magnitude)
 
 
 def _affine(view: Image.Image, matrix: tuple[float, float, float, float, float, float]) -> Image.Image:
@@ -331,3 +359,12 @@ _APPLY: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "AutoContrast": lambda view, m: ImageOps.autocontrast(view),
     "Equalize": lambda view, m: ImageOps.equalize(view),
 }
+
+_APPLY_TORCHVISION: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "ShearX": lambda view, m: view.transform(view.size, Image.Transform.AFFINE, (1, m, 0, 0, 1, 0)),
+    "ShearY": lambda view, m: view.transform(view.size, Image.Transform.AFFINE, (1, 0, 0, m, 1, 0)),
+    "TranslateX": lambda view, m: view.transform(view.size, Image.Transform.AFFINE, (1, 0, -m * view.width, 0, 1, 0)),
+    "TranslateY": lambda view, m: view.transform(view.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, -m * view.height)),
+    "Rotate": lambda view, m: view.rotate(m),
+}
+"""What torchvision draws otherwise: nearest pixel, black, shears about the upper left corner (transforms/autoaugment.py, `_apply_op`)."""

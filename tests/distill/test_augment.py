@@ -226,7 +226,7 @@ def test_whole_crop_without_operations_is_a_resize() -> None:
         (lambda b: b[:15], "15 bytes"),
         (lambda b: b"\x03" + b[1:], "version 3"),
         (lambda b: b"\x00" * 16, "version 0"),
-        (lambda b: b"\x42" + b[1:], "flags 4"),
+        (lambda b: b"\x82" + b[1:], "flags 8"),
         (lambda b: b[:14] + b"\x01\x00", "erased box 0x0001"),
         (lambda b: b"\x22" + b[1:14] + b"\x0f\x01", "leaves the view"),
         (lambda b: b[:9] + b"\x0e" + b[10:], "operation 14"),
