@@ -60,7 +60,7 @@ def index_shard(path: Path, strict: bool = True, name: str = "") -> tuple[dict[s
             if facts.st_size == 0:
                 raise PairsError(f"{path} is empty (0 bytes), expected a tar shard; {CORRECT}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                for member, offset, size, link in _tar_members(view, path):
+                for member, offset, size, link in tar_members(view, path):
                     if link is not None:
                         refuse(member, f" holds a link or special file at byte {offset} (tar type {link!r}), expected regular files", "the member is left out")
                         continue
@@ -86,7 +86,7 @@ def index_shard(path: Path, strict: bool = True, name: str = "") -> tuple[dict[s
     return samples, list(rejected.values()), (facts.st_size, facts.st_mtime_ns)
 
 
-def _tar_members(view: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
+def tar_members(view: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
     """Name, offset, size and None of every regular file; name, offset of its header, 0 and tar type of a link or special file."""
     if view[:2] == b"\x1f\x8b":
         raise PairsError(f"{path} is gzip data under the name of a tar, and only uncompressed shards are random access; unpack it first (gunzip)")
