@@ -1,18 +1,23 @@
-"""Batches for training, read from pairs and a store.
+"""Training samples, read from pairs and a store.
 
-The order is a pure function of (seed, number of samples seen): sample n is row `permutation(epoch)[n mod N]` with a stored
-augmentation and a stored caption drawn for that epoch. Resuming at sample n therefore needs the number n and nothing else.
+Sample n of the endless order is a row, one of its stored views and one of its stored captions, all functions of (seed, n): see
+distill/order.py. Resuming at sample n therefore needs the number n and nothing else, at any number of processes.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from distill.augment import apply
+from distill.caption_sampling import CaptionSampler, CaptionTokens
+from distill.keep_list import KeepList
+from distill.order import VIEWS, Order, uniform
 from distill.store import Store
+from distill.views import open_picture
 from runtime.errors import ImageError, TrainingError
 from runtime.pairs import Pairs
 from runtime.preprocess import PreprocessConfig, normalise
@@ -20,119 +25,190 @@ from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE_NAMED = 100
+"""Pictures that no longer decode are all counted; so many are named."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Which B samples: rows of the store, and of each a view and a caption; all int64 (B,)."""
+
+    rows: np.ndarray
+    augs: np.ndarray
+    captions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """B samples. `rows`, `augs`, `captions` index the store; `same` is equal where the caption's text is."""
+    """B samples as a training step reads them. `rows`, `augs`, `captions` index the store."""
 
     rows: np.ndarray
     augs: np.ndarray
     captions: np.ndarray
     pixels: np.ndarray
-    """(B, 3, S, S) float32, normalised for the student."""
+    """(B, 3, S, S) float32, normalised for the student; (0, 3, S, S) where only texts were asked for."""
     tokens: np.ndarray
     """(B, T) int32, T = the longest text of the batch."""
     same: np.ndarray
-    """(B,) int64."""
+    """(B,) int64, equal where the caption's text is."""
+    teacher_images: tuple[np.ndarray, ...] = ()
+    """Per followed teacher (B, E_k) float32 of unit norm: the view's embedding. Empty where only texts were asked for."""
+    teacher_texts: tuple[np.ndarray, ...] = ()
+    """Per followed teacher (B, E_k) float32 of unit norm: the caption's embedding."""
 
 
 class ReinforcedPairs:
-    """Samples of a pairs folder as its store augments and captions them.
+    """Samples of a pairs folder as its store augments and captions them. Threads may share it.
 
-    Replayed views are kept as uint8 while they fit into `cache_bytes`: a stored augmentation comes back every few epochs,
-    and reading it back costs a hundredth of decoding and replaying it.
+    Replayed views are kept as uint8 while all of them fit into `cache_bytes`: a stored view comes back every few epochs, and reading it
+    back costs a hundredth of decoding and replaying it.
+
+    Attributes:
+        rows: (N,) rows of the store that are trained on, in the order of the pairs.
+        missing: rows of the store whose picture is not in the pairs; left out.
+        dropped: rows that the keep-list leaves out.
+        unreadable_count, unreadable: pictures that did not decode, shown as grey; the first of them with the reason.
     """
 
     def __init__(
-        self, pairs: Pairs, store: Store, config: PreprocessConfig, tokenizer: Tokenizer, *,
-        seed: int, caption_types: tuple[str, ...] | None = None, cache_bytes: int = 1 << 30,
+        self, pairs: Pairs, store: Store, config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, caption_mix: Mapping[str, float] | None = None,
+        teachers: Sequence[int] = (), max_augmentations: int = 0, shuffle_shards: int = 0, keep: KeepList | None = None, rank: int = 0, world: int = 1,
+        cache_bytes: int = 1 << 30,
     ) -> None:  # fmt: skip
-        """caption_types: draw only captions of these types; None draws any stored one.
+        """
+        Args:
+            caption_mix: share of each type of caption; None or empty: any stored one alike.
+            teachers: numbers of the teachers whose embeddings a batch carries.
+            max_augmentations: draw from the first so many views; 0: from all.
+            shuffle_shards: shards that are shuffled together; 0: all.
+            keep: train on these keys only.
+            rank, world: this process takes the rank-th of `world` equal slices of every batch.
 
         Raises:
-            TrainingError: store and pairs do not belong together, or no caption has one of the types.
+            TrainingError: store and pairs do not belong together, nothing is left to train on, or a sample has no caption of the mix.
+            RecipeError: the mix makes no sense.
         """
         self.pairs, self.store, self.config, self.seed = pairs, store, config, seed
-        place = {key: row for row, key in enumerate(pairs.keys)}
-        missing = [key for key in store.keys if key not in place]
-        if missing or not len(store):
-            found = f"{len(missing)} of its {len(store)} samples, the first '{missing[0]}', are not in the pairs" if missing else "it is empty"
-            raise TrainingError(f"the store does not belong to these pairs: {found}; reinforce these pairs, or name the folder that was reinforced")
-        self._pair_row = np.array([place[key] for key in store.keys])
-        self._n_augs = np.asarray(store.n_augmentations)
-        self._read_captions(tokenizer, caption_types)
-        size = config.image_size
-        self._offset = np.concatenate([[0], np.cumsum(self._n_augs)])
-        views, bytes_per_view = int(self._offset[-1]), size * size * 3
-        self._cached = views * bytes_per_view <= cache_bytes
-        self._views = np.zeros((views if self._cached else 0, size, size, 3), np.uint8)
-        self._filled = np.zeros(views if self._cached else 0, bool)
+        self.teachers, self.rank, self.world = tuple(teachers), rank, world
+        self._pair_row = _join(pairs, store)
+        self._choose_rows(keep)
+        counts = store.n_augmentations if max_augmentations <= 0 else np.minimum(store.n_augmentations, max_augmentations)
+        self._n_augs = counts
+        self._sampler, self.tokens = CaptionSampler(store, seed, caption_mix), CaptionTokens(store, tokenizer)
+        self._sampler.check(self.rows)
+        starts = np.array([shard.start for shard in pairs.shards] + [len(pairs)])
+        self.order = Order(np.diff(np.searchsorted(self._pair_row[self.rows], starts)), seed, shuffle_shards)
+        size, most = config.image_size, int(counts[self.rows].max())
+        self._cached = len(self.rows) * most * size * size * 3 <= cache_bytes
+        self._place = np.full(len(store) if self._cached else 0, -1, np.int64)
+        if self._cached:
+            self._place[self.rows] = np.arange(len(self.rows)) * most
+        held = len(self.rows) * most if self._cached else 0
+        self._views, self._filled = np.zeros((held, size, size, 3), np.uint8), np.zeros(held, bool)
         self.unreadable: dict[str, str] = {}
-        self._epoch: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self.unreadable_count = 0
+        self._lock = threading.Lock()
 
-    def _read_captions(self, tokenizer: Tokenizer, types: tuple[str, ...] | None) -> None:
-        counts = np.asarray(self.store.caption_counts)
-        numbers: dict[str, int] = {}
-        choices: list[np.ndarray] = []
-        text_of: list[np.ndarray] = []
-        for row in range(len(self.store)):
-            stored = [self.store.caption(row, j) for j in range(int(counts[row]))]
-            kept = [j for j, caption in enumerate(stored) if types is None or caption.type in types]
-            if not kept:
-                raise TrainingError(f"sample '{self.store.keys[row]}' has no caption of type {' or '.join(types or ())}; reinforce with such captions or allow others")
-            choices.append(np.array(kept))
-            text_of.append(np.array([numbers.setdefault(caption.text, len(numbers)) for caption in stored]))
-        self.texts = list(numbers)
-        self._choices, self._text_of = choices, text_of
-        self._tokens = tokenizer(self.texts)  # (number of different texts, context_length)
-        self._lengths = self._tokens.argmax(axis=1) + 1  # EOT is the largest id
+    def _choose_rows(self, keep: KeepList | None) -> None:
+        there = self._pair_row >= 0
+        self.missing = int((~there).sum())
+        if 2 * self.missing >= len(there):
+            first = f", the first '{self.store.keys[int(np.argmin(there))]}'," if self.missing else ""
+            found = f"{self.missing} of its {len(there)} samples{first} are not in the pairs" if len(there) else "it is empty"
+            raise TrainingError(f"the store does not belong to these pairs: {found}; reinforce these pairs, or name the folder that was reinforced")
+        if self.missing:
+            logger.warning("%d of the store's %d samples have no picture in %s; they are left out", self.missing, len(there), self.pairs.folder)
+        self.dropped = 0
+        if keep is not None:
+            kept = keep.mask(self.store.keys)
+            self.dropped = int((there & ~kept).sum())
+            there &= kept
+            if not there.any():
+                raise TrainingError(f"the keep-list keeps none of the store's {len(there)} samples; give the list that was made for these pairs")
+        rows = np.flatnonzero(there)
+        self.rows = rows[np.argsort(self._pair_row[rows], kind="stable")]
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.rows)
 
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """rows, augmentations and captions of one epoch, each (N,)."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            rows = rng.permutation(len(self))
-            augs = (rng.random(len(self)) * self._n_augs[rows]).astype(np.int64)
-            draws = rng.random(len(self))
-            captions = np.array([self._choices[row][int(draw * len(self._choices[row]))] for row, draw in zip(rows, draws, strict=True)])
-            self._epoch = (epoch, rows, augs, captions)
-        return self._epoch[1:]
+    def samples(self, first: int, size: int) -> Samples:
+        """Samples `first` to `first + size` of the endless order (of these this process's slice); they may cross into the next epoch."""
+        if size % self.world:
+            raise TrainingError(f"a batch of {size} cannot be shared by {self.world} processes; choose a batch_size that is a multiple of it")
+        share = size // self.world
+        places, epochs = self.order.rows(first + self.rank * share, share)
+        rows = self.rows[places]
+        augs = (uniform(self.seed, epochs, VIEWS, rows) * self._n_augs[rows]).astype(np.int64)
+        return Samples(rows=rows, augs=augs, captions=self._sampler.draw(rows, epochs))
 
-    def batch(self, first: int, size: int) -> Batch:
-        """Samples `first` to `first + size` of the endless order; a batch may cross into the next epoch."""
-        parts, start, stop = [], first, first + size
-        while start < stop:
-            epoch, offset = divmod(start, len(self))
-            end = min(len(self), offset + stop - start)
-            parts.append([column[offset:end] for column in self.order(epoch)])
-            start += end - offset
-        rows, augs, captions = (np.concatenate(column) for column in zip(*parts, strict=True))
-        texts = np.array([self._text_of[row][caption] for row, caption in zip(rows, captions, strict=True)])
+    def batch(self, first: int, size: int, pictures: bool = True) -> Batch:
+        """The samples that `samples` names, whole."""
+        samples = self.samples(first, size)
+        return self.finish(samples, self.pixels(samples) if pictures else None)
+
+    def finish(self, samples: Samples, pixels: np.ndarray | None) -> Batch:
+        """What a batch holds besides its pixels, and the batch. pixels None: only texts are asked for."""
+        tokens, same = self.tokens(samples.rows, samples.captions)
+        side = self.config.image_size
         return Batch(
-            rows=rows, augs=augs, captions=captions, same=texts,
-            pixels=normalise(np.stack([self.view(int(row), int(aug)) for row, aug in zip(rows, augs, strict=True)]), self.config),
-            tokens=self.tokens(texts),
+            rows=samples.rows, augs=samples.augs, captions=samples.captions, tokens=tokens, same=same,
+            pixels=np.zeros((0, 3, side, side), np.float32) if pixels is None else pixels,
+            teacher_images=() if pixels is None else tuple(self.store.image_embeddings(k, samples.rows, samples.augs) for k in self.teachers),
+            teacher_texts=tuple(self.store.text_embeddings(k, samples.rows, samples.captions) for k in self.teachers),
         )  # fmt: skip
 
-    def tokens(self, texts: np.ndarray) -> np.ndarray:
-        """Numbers of different texts (B,) -> int32 (B, T), cut after the longest; exact for causal and pad-masked towers only."""
-        return self._tokens[texts][:, : int(self._lengths[texts].max())]
+    def pixels(self, samples: Samples, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """float32 (n, 3, S, S), normalised: the views of samples start to stop."""
+        rows, augs = samples.rows[start:stop], samples.augs[start:stop]
+        side = self.config.image_size
+        if not self._cached:
+            return normalise(self._replay(rows, augs), self.config)
+        places = self._place[rows] + augs
+        missing = np.flatnonzero(~self._filled[places])
+        views = np.empty((len(rows), side, side, 3), np.uint8)
+        if len(missing) < len(rows):
+            np.take(self._views, places, axis=0, out=views, mode="clip")
+        if len(missing):
+            views[missing] = self._replay(rows[missing], augs[missing], places[missing])
+        return normalise(views, self.config)
 
     def view(self, row: int, aug: int) -> np.ndarray:
-        """uint8 (S, S, 3): the picture of a row, replayed. One that no longer decodes is grey, and listed in `unreadable`."""
-        place = int(self._offset[row]) + aug
-        if self._cached and self._filled[place]:
-            return self._views[place]
-        try:
-            picture = self.pairs.image(int(self._pair_row[row]))
-        except ImageError as error:
-            logger.warning("%s", error)
-            self.unreadable[self.store.keys[row]] = str(error)
-            return np.full((self.config.image_size, self.config.image_size, 3), 128, np.uint8)
-        view = np.asarray(apply(picture, self.store.augmentation(np.array([row]), np.array([aug]))[0], self.config.image_size))
-        if self._cached:
-            self._views[place], self._filled[place] = view, True
-        return view
+        """uint8 (S, S, 3): the picture of a row of the store, replayed."""
+        return self._replay(np.array([row]), np.array([aug]))[0]
+
+    def _replay(self, rows: np.ndarray, augs: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (n, S, S, 3); with `places` views are kept there. A picture that no longer decodes is grey, and counted."""
+        side = self.config.image_size
+        views = np.empty((len(rows), side, side, 3), np.uint8)
+        for n, (row, packed) in enumerate(zip(rows.tolist(), self.store.augmentation(rows, augs), strict=True)):
+            try:
+                with self._lock:  # the pairs keep a list of the shards they used last
+                    data = self.pairs.image_bytes(int(self._pair_row[row]))
+                views[n] = open_picture(data).view(packed, side)
+            except ImageError as error:
+                self._note(self.store.keys[row], error)
+                views[n] = 128
+                continue
+            if places is not None:
+                self._views[places[n]] = views[n]
+                self._filled[places[n]] = True
+        return views
+
+    def _note(self, key: str, error: ImageError) -> None:
+        with self._lock:
+            self.unreadable_count += 1
+            if key not in self.unreadable and len(self.unreadable) < UNREADABLE_NAMED:
+                self.unreadable[key] = str(error)
+                logger.warning("sample '%s': %s", key, error)
+
+
+def _join(pairs: Pairs, store: Store) -> np.ndarray:
+    """(rows of the store,) int64: each one's row in the pairs, found by key; -1 where the pairs lack it."""
+    rows = store.pair_rows
+    if len(rows) and rows.min() >= 0 and rows.max() < len(pairs) and all(pairs.keys[row] == key for row, key in zip(rows.tolist(), store.keys, strict=True)):
+        return rows
+    place = {key: row for row, key in enumerate(pairs.keys)}
+    return np.array([place.get(key, -1) for key in store.keys], np.int64)

@@ -26,16 +26,16 @@ def mix(values: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
-    """The number that tells one stream of draws from another, uint64 of shape ()."""
+def stream_key(seed: int, epoch: int | np.ndarray, stream: int) -> np.ndarray:
+    """The number that tells one stream of draws from another: uint64, of the shape of `epoch`."""
     key = mix(np.uint64(seed % 2**64))
     for part in (epoch, stream):
-        key = mix(key ^ mix(np.uint64(part)))
+        key = mix(key ^ mix(np.asarray(part, np.uint64)))
     return key
 
 
-def uniform(seed: int, epoch: int, stream: int, rows: np.ndarray) -> np.ndarray:
-    """Draws in [0, 1), float64 (B,): one for each row number (B,), whatever else is drawn."""
+def uniform(seed: int, epoch: int | np.ndarray, stream: int, rows: np.ndarray) -> np.ndarray:
+    """Draws in [0, 1), float64 (B,): one for each row number (B,) in its epoch (one or (B,)), whatever else is drawn."""
     return (mix(mix(np.asarray(rows, np.uint64)) ^ stream_key(seed, epoch, stream)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

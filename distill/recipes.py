@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from distill.caption_sampling import check_mix
 from runtime.errors import RecipeError
 
 
@@ -30,8 +32,16 @@ class Recipe:
     contrastive: float = 1.0
     affinity: float = 0.0
     feature: float = 0.0
-    caption_types: tuple[str, ...] = ("raw",)
-    """Stored captions to draw from; an empty tuple draws any."""
+    caption_mix: dict[str, float] = field(default_factory=lambda: {"raw": 1.0})
+    """Share of each type of stored captions, as weights; a sample that lacks a type divides its share among the others. Empty: any caption alike."""
+    teachers: tuple[str, ...] = ()
+    """Names of the store's teachers to follow; empty: all."""
+    logit_scales: tuple[float, ...] = ()
+    """Multiplicative, one per followed teacher, instead of the store's."""
+    max_augmentations: int = 0
+    """Draw from the first so many stored views of a picture; 0: from all."""
+    shuffle_shards: int = 0
+    """Shards whose samples are shuffled together, so that a reader touches so many at a time; 0: all."""
     text_samples: int = 0
     """Captions seen by the text tower alone, before the pairs: it learns the teachers' text embeddings (no pictures). They count as samples, and are at most a tenth of them."""
 
@@ -43,6 +53,16 @@ class Recipe:
             )
         if min(self.contrastive, self.affinity, self.feature) < 0 or self.contrastive + self.affinity + self.feature == 0:
             raise RecipeError("a recipe's loss weights must not be negative, and one of contrastive, affinity and feature must be above 0")
+
+        check_mix(self.caption_mix)
+        if not all(isinstance(name, str) for name in self.teachers) or len(set(self.teachers)) != len(self.teachers) or isinstance(self.teachers, str):
+            raise RecipeError(f"a recipe's teachers are different names, found {self.teachers!r}")
+        if not all(isinstance(scale, (int, float)) and 0 < scale < math.inf for scale in self.logit_scales):
+            raise RecipeError(f"a recipe's logit_scales are finite numbers above 0, found {self.logit_scales}")
+        if self.teachers and self.logit_scales and len(self.teachers) != len(self.logit_scales):
+            raise RecipeError(f"a recipe's logit_scales need one number per teacher, found {len(self.logit_scales)} for {', '.join(self.teachers)}")
+        if self.max_augmentations < 0 or self.shuffle_shards < 0:
+            raise RecipeError(f"a recipe's max_augmentations and shuffle_shards are at least 0, found {self.max_augmentations} and {self.shuffle_shards}")
 
     @property
     def reinforced(self) -> bool:
@@ -63,7 +83,7 @@ def reinforced() -> Recipe:
 
     The stored ensemble does the teaching: features first, affinities and contrast beside them, all stored captions.
     """
-    return Recipe(batch_size=64, learning_rate=2e-3, contrastive=0.1, affinity=1.0, feature=8.0, caption_types=(), text_samples=20_000)
+    return Recipe(batch_size=64, learning_rate=2e-3, contrastive=0.1, affinity=1.0, feature=8.0, caption_mix={}, text_samples=20_000)
 
 
 def recovery() -> Recipe:

@@ -1,0 +1,126 @@
+"""What changes while training, and its file: weights, average, optimiser and the number of steps, written whole and renamed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.recipes import Recipe
+from mobileclip.model import ImageTextModel
+from runtime.errors import TrainingError
+
+STATE = "state.safetensors"
+
+
+@dataclass(slots=True)
+class Run:
+    """What changes while training."""
+
+    model: ImageTextModel
+    average: ImageTextModel
+    optimizer: torch.optim.AdamW
+    averaging: Average
+    step: int = 0
+    """Steps done, the text-only ones first."""
+    seconds: float = 0.0
+
+
+def start(model: ImageTextModel, recipe: Recipe) -> Run:
+    """A run before its first step."""
+    average = copy.deepcopy(model).requires_grad_(False)
+    return Run(model=model, average=average, optimizer=_optimizer(model, recipe), averaging=Average(average, model))
+
+
+def _optimizer(model: ImageTextModel, recipe: Recipe) -> torch.optim.AdamW:
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+class Average:
+    """average = decay * average + (1 - decay) * model, BatchNorm statistics included; counters are copied.
+
+    The tensors of both are looked up once: for a small model, walking its modules takes longer than the arithmetic.
+    """
+
+    def __init__(self, average: torch.nn.Module, model: torch.nn.Module) -> None:
+        ours, theirs = average.state_dict(), model.state_dict()
+        floating = [name for name in ours if ours[name].is_floating_point()]
+        self.ours, self.theirs = [ours[name] for name in floating], [theirs[name] for name in floating]
+        self.counters = [(ours[name], theirs[name]) for name in ours.keys() - set(floating)]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(self.ours, self.theirs, 1 - decay)
+        for ours, theirs in self.counters:
+            ours.copy_(theirs)
+
+
+def finished(out: Path, fingerprint: str | None = None) -> bool:
+    """True when `out` holds a finished run (with these settings).
+
+    Raises:
+        TrainingError: it holds a finished run with other settings.
+    """
+    receipt = out / "receipt.json"
+    if not receipt.is_file():
+        return False
+    found = json.loads(receipt.read_text(encoding="utf-8")).get("fingerprint")
+    if fingerprint is not None and found != fingerprint:
+        raise TrainingError(
+            f"'{out}' holds a checkpoint that was trained with other settings or data; choose another --out, or remove the folder to train again"
+        )
+    return True
+
+
+def save(run: Run, out: Path, fingerprint: str) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in run.average.state_dict().items()}
+    for index, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    temporary = out / f".{STATE}.{os.getpid()}"
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={"step": str(run.step), "seconds": str(run.seconds), "fingerprint": fingerprint})
+    os.replace(temporary, out / STATE)
+
+
+def restore(run: Run, out: Path, fingerprint: str) -> None:
+    """Continue from the saved state, if there is one; metrics written after it are dropped."""
+    for stale in out.glob(f".{STATE}.*"):
+        stale.unlink(missing_ok=True)
+    path = out / STATE
+    if not path.exists():
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"'{path}' cannot be read ({error}); remove it to start this run again") from None
+    if facts.get("fingerprint") != fingerprint:
+        raise TrainingError(f"'{out}' holds an unfinished run with other settings or data; choose another --out, or remove the folder to start again")
+    run.model.load_state_dict(_sub(tensors, "model."))
+    run.average.load_state_dict(_sub(tensors, "average."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _sub(tensors, "optimizer.").items():
+        index, field = name.split(".", 1)
+        state.setdefault(int(index), {})[field] = tensor
+    run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    run.step, run.seconds = int(facts["step"]), float(facts["seconds"])
+    metrics = out / "metrics.jsonl"
+    if metrics.exists():
+        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= run.step]
+        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _sub(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
