@@ -22,14 +22,14 @@ from typing import Any, Literal
 import tyro
 
 from distill.curation_rules import Selection, apply_rules
-from distill.keep_list import write_keep_list
+from distill.keep_list import read_keep_list, write_keep_list
 from distill.store import open_store
 from distill.store_writing import hash_shards
 from runtime.errors import PairsError, RecipeError
-from runtime.files import write_json
+from runtime.files import file_sha256, write_json
 from runtime.pairs import open_pairs
 
-NO_SETTINGS = ("pairs", "out", "store", "apart_from", "workers", "json")
+NO_SETTINGS = ("pairs", "out", "store", "within", "apart_from", "workers", "json")
 """Fields that do not decide which keys are kept, or are named by their hashes."""
 
 
@@ -43,6 +43,8 @@ class CurateConfig:
     """Keep-list to write; the report goes beside it, with .json appended."""
     store: str | None = None
     """Their reinforcement: needed by the rules on embeddings and similarity; elsewhere the better pair of two duplicates is the one that fits its caption better."""
+    within: str | None = None
+    """A keep-list to begin with, instead of all pairs."""
     min_caption_chars: int | None = None
     """Drop captions with fewer characters (1: empty ones); a missing caption counts as empty."""
     min_caption_words: int | None = None
@@ -132,6 +134,8 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     pairs = open_pairs(config.pairs)
     shards = hash_shards(pairs)
     selection = Selection(pairs, open_store(config.store) if config.store is not None else None, shards, config)
+    if config.within is not None:
+        selection.begin_with(read_keep_list(config.within), config.within)
     apply_rules(selection)
     if not selection.alive.any():
         counts = ", ".join(f"{step['rule']} {step['dropped']}" for step in selection.steps if step["dropped"])
@@ -144,6 +148,8 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     }  # fmt: skip
     if selection.store is not None:
         facts["inputs"]["store"] = _digest([entry["sha256"] for entry in selection.store.index["parts"]])
+    if config.within is not None:
+        facts["inputs"]["within"] = file_sha256(config.within)
     if config.apart_from is not None:
         facts["inputs"]["apart_from"] = _digest(hash_shards(open_pairs(config.apart_from)))
     report = {"kind": "curation", "schema": 1, **facts, "rules": selection.steps}

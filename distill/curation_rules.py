@@ -14,6 +14,7 @@ import numpy as np
 
 from distill import duplicates
 from distill.duplicates import Kept
+from distill.keep_list import KeepList
 from distill.perceptual_hash import HammingIndex
 from distill.picture_facts import PictureFacts, read_pictures
 from distill.store import Store
@@ -59,6 +60,14 @@ class Selection:
             self.similarity[has] = best
         elif "similarity" in store.index.get("columns", {}) or self.config.min_similarity is not None or self.config.keep_fraction is not None:
             self.similarity[has] = store.column("similarity")[self.store_row[has]]
+
+    def begin_with(self, keep: KeepList, name: str) -> None:
+        """Leave out what a former keep-list left out."""
+        kept = keep.mask(self.pairs.keys)
+        if int(kept.sum()) != len(keep):
+            missing = len(keep) - int(kept.sum())
+            raise PairsError(f"the keep-list '{name}' was made for other pairs: {missing} of its {len(keep)} keys are not in {self.pairs.folder}; give the list of these pairs")
+        self.drop("former list", "the keep-list that was given with --within", np.flatnonzero(~kept))
 
     @property
     def rows(self) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from PIL import ImageOps
 
 from distill.curate import CurateConfig, curate
-from distill.keep_list import read_keep_list
+from distill.keep_list import read_keep_list, write_keep_list
 from mobileclip import cli
 from runtime.errors import ClipError, PairsError, RecipeError, StoreError
 from tests.distill.curation_world import blobs, encode, orders, write_pairs, write_store
@@ -186,6 +186,19 @@ def test_values_that_are_not_finite_and_pairs_without_a_row_are_dropped(tmp_path
         assert kept == {"a", "d"}
         assert steps["not in the store"]["dropped_keys"] == ["c"]
         assert steps["similarity"]["why"] == {"not finite": 1}
+
+
+def test_lists_are_made_from_lists(judged: tuple[Path, Path, dict[str, float]], tmp_path: Path) -> None:
+    pairs, store, _ = judged
+    first = run(pairs, tmp_path, store=str(store), embedding_duplicates=0.96)[0]
+    (tmp_path / "out.keep").rename(tmp_path / "first.keep")
+    then, steps = run(pairs, tmp_path, store=str(store), keep_fraction=0.5, within=str(tmp_path / "first.keep"))
+    assert (len(first), len(then), steps["former list"]["dropped"]) == (12, 6, 12)
+    assert then == run(pairs, tmp_path, store=str(store), embedding_duplicates=0.96, keep_fraction=0.5)[0]
+    write_keep_list(tmp_path / "other.keep", ["k00", "elsewhere"], {})
+    refused(PairsError, "made for other pairs: 1 of its 2 keys", tmp_path, pairs=str(pairs), exact=True, within=str(tmp_path / "other.keep"))
+    (tmp_path / "other.keep").write_bytes(b"garbage")
+    refused(PairsError, "must begin with", tmp_path, pairs=str(pairs), exact=True, within=str(tmp_path / "other.keep"))
 
 
 def test_nothing_is_rewritten(judged: tuple[Path, Path, dict[str, float]], tmp_path: Path) -> None:
