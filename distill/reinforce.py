@@ -1,48 +1,49 @@
-"""mclip reinforce: embed augmented views and captions of a pairs folder with an ensemble of teachers, once, into a store.
+"""mclip reinforce: embed augmented views and captions of pairs with an ensemble of teachers, once, into a store.
 
     mclip reinforce PAIRS STORE --teachers CKPT [CKPT …] --augmentations 5
+    mclip reinforce PAIRS STORE --teachers CKPT --engine ray --workers 64
+    mclip reinforce PAIRS STORE --add-augmentations 5          # later, onto a finished store; also --add-captions, --add-teachers
 
-The same settings, pairs and teachers give the same bytes of every part, however many workers run and however often the command was
-killed: what is done is found again by the hashes that it carries. `index.json` is written last; without it a folder is no store.
+The same settings, pairs and teachers give the same bytes of every part, whatever engine and number of workers ran and however often the
+command was killed: what is done is found again by the hashes that it carries. `index.json` is written last; without it a folder is no
+store. PAIRS and STORE may be addresses (`s3://…`, distill/remote.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from distill import augment
+from distill import augment, remote
 from distill.augment import AugmentSpec
-from distill.captions import Caption, captions_of, check_templates
+from distill.captions import check_templates
+from distill.engines import Engine, EngineName, open_engine, run
 from distill.progress import progress
-from distill.reinforce_worker import TEXTS_PER_FILE, PartDone, PartTask, TextTask, describe_teachers, embed_part, embed_texts, start_worker, text_path
-from distill.store import Part, TeacherFacts, open_store, read_index
-from distill.store_writing import INDEX, hash_shards, part_entry, write_index
+from distill.reinforce_captions import CaptionPlan, caption_facts
+from distill.reinforce_plan import POOLED_PAIRS, PooledTexts, part_tasks, scan, tables_of, usable
+from distill.reinforce_state import INDEX, WORK, claim, finished, hash_of, known_teachers, locked
+from distill.reinforce_tasks import PartDone, ShardScan
+from distill.reinforce_worker import describe_teachers, embed_part, said_plainly, start_worker
+from distill.remote import is_remote, list_shards, staging_folder
+from distill.store import TeacherFacts
+from distill.store_writing import base_layer, write_index
 from runtime.errors import PairsError, RecipeError, StoreError
-from runtime.files import write_json
-from runtime.pairs import Pairs, open_pairs
+from runtime.store_index import read_index
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"
-WORK = ".work"
+SKIPS_TOLD = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,35 +51,60 @@ class ReinforceConfig:
     """Embed augmented views and captions of PAIRS with every teacher, into STORE."""
 
     pairs: tyro.conf.Positional[str]
-    """Folder of tar shards."""
+    """Folder of tar shards, or its address (s3://, gs://, hf://, file://)."""
     store: tyro.conf.Positional[str]
-    """Folder to write; one that was interrupted is continued."""
-    teachers: tuple[str, ...]
-    """Checkpoint folders, open_clip:NAME[/PRETRAINED], or module:function."""
+    """Folder or address to write; one that was interrupted is continued."""
+    teachers: tuple[str, ...] = ()
+    """Checkpoint folders, open_clip:NAME[/PRETRAINED], or module:function. When adding to a store: where its teachers lie now."""
     augmentations: int = 5
     """Views a picture."""
     templates: tuple[str, ...] = ("emoji", "drawing")
     """Phrases around the pair's own caption that are stored beside it (names in distill/captions.py)."""
+    captions: str = ""
+    """Further captions by key: a folder that mclip caption wrote, a .jsonl or a .parquet."""
     language: str = "en"
-    """BCP-47 language of the captions."""
-    dtype: Literal["int8", "float32", "float16", "bfloat16"] = "int8"
+    """BCP-47 language of the pairs' captions."""
+    dtype: Literal["int8", "int4", "float32", "float16", "bfloat16"] = "int8"
     seed: int = 0
     workers: int = 2
-    """Processes, one torch thread each. The result does not depend on it."""
+    """Processes, one torch thread each; 0 works in this one. The result does not depend on it."""
     part_rows: int = 128
-    """Pairs a part: what a kill can lose per worker."""
-    engine: Literal["local"] = "local"
+    """Pairs a part: what a kill can lose per worker. Take some thousands for millions of pairs."""
+    engine: EngineName = "local"
+    """Where workers run: processes here, or actors of a Ray cluster (one that runs already, else one started here)."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the GPU where there is one (bfloat16; the embeddings differ from a CPU's in the third digit)."""
+    decode_threads: int = -1
+    """Threads a worker that decode and augment ahead of the teachers; -1: 4 beside a GPU, else none."""
+    texts: Literal["auto", "pooled", "part"] = "auto"
+    """Embed each different text once for all pairs, or once a part; auto: pooled up to 200,000 pairs. The result does not depend on it."""
+    add_augmentations: int = 0
+    """Add so many views a picture to a finished store; everything else is taken from the store."""
+    add_captions: str = ""
+    """Add the captions of this folder or file to a finished store."""
+    add_teachers: tuple[str, ...] = ()
+    """Add teachers to a finished store, for all its views and captions."""
     augment: AugmentSpec = field(default_factory=AugmentSpec)
     json: bool = False
     """Print one JSON object at the end."""
 
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to a finished store."""
+        return bool(self.add_augmentations or self.add_captions or self.add_teachers)
+
     def __post_init__(self) -> None:
-        if not self.teachers:
+        if not self.teachers and not self.adds:
             raise RecipeError("reinforcement needs at least one teacher: --teachers CHECKPOINT, open_clip:NAME/PRETRAINED or module:function")
-        if not 1 <= self.augmentations <= 65535 or self.workers < 1 or self.part_rows < 1 or self.seed < 0:
+        if (self.add_augmentations != 0) + bool(self.add_captions) + bool(self.add_teachers) > 1:
+            raise RecipeError("one thing is added at a time: --add-augmentations, --add-captions or --add-teachers; run the command once for each")
+        if not 1 <= self.augmentations <= 65535 or self.workers < 0 or self.part_rows < 1 or self.seed < 0 or not 0 <= self.add_augmentations <= 65535:
             raise RecipeError(
-                f"augmentations {self.augmentations}, workers {self.workers} and part_rows {self.part_rows} must be at least 1, seed {self.seed} at least 0"
+                f"augmentations {self.augmentations} and part_rows {self.part_rows} must be at least 1, workers {self.workers}, seed {self.seed} and "
+                f"add_augmentations {self.add_augmentations} at least 0"
             )
+        if self.decode_threads < -1 or self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise RecipeError(f"decode_threads {self.decode_threads} must be -1 or more, and device '{self.device}' one of auto, cpu, cuda")
         check_templates(self.templates)
 
 
@@ -91,277 +117,179 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(json.dumps({"store": config.store, "rows": index["rows"], "skipped": len(index["skipped"]), **figures}) + "\n")
     else:
         sys.stdout.write(
-            f"{config.store}: {index['rows']} pairs x {config.augmentations} views, {len(index['teachers'])} teachers, {len(index['skipped'])} skipped; "
+            f"{config.store}: {index['rows']} pairs x {index['augmentations']} views, {len(index['teachers'])} teachers, {len(index['skipped'])} skipped; "
             f"{figures['seconds']:.0f} s, {figures['views_per_second']:.0f} views/s, {figures['bytes_per_sample']:.0f} bytes a pair\n"
         )
     return 0
 
 
 def reinforce(config: ReinforceConfig) -> dict[str, Any]:
-    """Fill the store and return its index.
+    """Fill the store, or add to it, and return its index.
 
     Raises:
-        StoreError: the folder holds something else, a store of other settings or pairs, or another process writes it.
+        StoreError: the folder holds something else, a store of other settings or pairs, or another process writes it; the disk is full.
         PairsError: the pairs cannot be read, or none of them is usable.
+        MissingExtraError: --engine ray without Ray.
     """
+    places = list_shards(config.pairs)
+    address = config.store.rstrip("/") if is_remote(config.store) else ""
+    folder = staging_folder(address) if address else Path(config.store)
+    with locked(folder), open_engine(config.engine, config.workers, start_worker, specs_of(config, folder), config.device, config.decode_threads) as engine:
+        if config.adds:
+            from distill.appending import append
+
+            return append(config, folder, places, engine)
+        return _fill(config, folder, address, places, engine)
+
+
+def specs_of(config: ReinforceConfig, folder: Path) -> tuple[str, ...]:
+    """The teachers that workers load: those of the command line; to add views or captions, by default those of the store."""
+    if config.add_teachers:
+        return config.add_teachers
+    if config.teachers or not config.adds:
+        return config.teachers
+    return tuple(read_index(folder).get("given", {}).get("teachers", ()))
+
+
+def _fill(config: ReinforceConfig, folder: Path, address: str, places: list[remote.ShardPlace], engine: Engine) -> dict[str, Any]:
     started = time.monotonic()
-    pairs = open_pairs(config.pairs)
-    folder = Path(config.store)
-    shards = hash_shards(pairs)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # inherited by the workers, before they import torch
-        os.environ[name] = "1"
-    if (done := _finished_quickly(config, folder, shards)) is not None:
+    plan = CaptionPlan(templates=config.templates, language=config.language, given=config.captions)
+    given = caption_facts(config.captions) if config.captions else None
+    scans = scan(places, folder / WORK, config.captions, engine)
+    known = None if address else known_teachers(config.teachers, config.device, folder)
+    if known is not None and (done := finished(folder, hash_of(_settings(config, known, scans, given)))) is not None:
         return done
-    with _locked(folder), _pool(config) as submit:
-        facts: list[TeacherFacts] = submit(describe_teachers).result()
-        settings = _settings(config, facts, shards)
-        _claim(folder, settings)
-        fingerprint = _hash(settings)
-        if (done := _finished(folder, fingerprint)) is not None:
-            return done
-        captions, unreadable = _read_captions(pairs, config)
-        texts = sorted({caption.text for made in captions.values() for caption in made}, key=lambda text: (len(text), text))
-        text_seconds = _embed_texts(folder, texts, fingerprint, submit)
-        number = {text: n for n, text in enumerate(texts)}
-        tasks = _plan(pairs, captions, unreadable, number, shards, fingerprint, config)
-        finished = _embed_parts(folder, tasks, len(pairs), submit)
-    index = _index(config, settings, fingerprint, facts, pairs, finished)
-    index["figures"] |= _figures(index, finished, text_seconds, len(texts), time.monotonic() - started, config)
-    write_index(folder, index)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    return read_index(folder)
+    facts: list[TeacherFacts] = engine.submit(describe_teachers).result()
+    settings = _settings(config, facts, scans, given)
+    claim(folder, settings, address)
+    fingerprint = hash_of(settings)
+    if (done := finished(folder, fingerprint, address)) is not None:
+        return done
+    total = sum(usable(one) for one in scans)
+    local = not address and not any(is_remote(place.url) for place in places)
+    pooled = PooledTexts(places, scans, plan) if config.texts == "pooled" or (config.texts == "auto" and local and total <= POOLED_PAIRS) else None
+    tables = tables_of(plan, scans)
+    with said_plainly(folder / WORK):
+        (folder / WORK).mkdir(exist_ok=True)
+        text_seconds = pooled.embed(folder / WORK, fingerprint, engine, hash_of) if pooled else 0.0
+    common = {
+        "captions": plan, "work": str(folder / WORK), "augmentations": config.augmentations, "spec": config.augment, "seed": config.seed, "dtype": config.dtype,
+        "tables": tables, "remote": address,
+    }  # fmt: skip
+    tasks = part_tasks(places, scans, pooled.numbers if pooled else None, folder, config.part_rows, common, fingerprint)
+    parts, skipped, spent = embed_parts(embed_part, tasks, total, engine)
+    _refuse_strangers(folder, parts)
+    skipped = [entry for one in scans for entry in one.rejected] + skipped
+    index = _index(config, settings, fingerprint, facts, tables, scans, parts, skipped, given)
+    spent["texts"] += text_seconds
+    index["figures"] = figures(index, spent, time.monotonic() - started, engine, config.augmentations) | {"texts_embedded": "pooled" if pooled else "a part"}
+    with said_plainly(folder / INDEX):
+        return _publish(folder, address, index)
 
 
-# ---------------------------------------------------------------- settings, and what is there already
-
-
-def _settings(config: ReinforceConfig, facts: list[TeacherFacts], shards: dict[str, str]) -> dict[str, Any]:
+def _settings(config: ReinforceConfig, facts: list[TeacherFacts], scans: list[ShardScan], given: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that decides the bytes of the store."""
     return json.loads(json.dumps({
         "seed": config.seed, "augmentations": config.augmentations, "augmentation": {"version": augment.VERSION, **dataclasses.asdict(config.augment)},
-        "templates": config.templates, "language": config.language, "dtype": config.dtype, "part_rows": config.part_rows,
-        "teachers": [dataclasses.asdict(fact) for fact in facts], "pairs": shards,
+        "templates": config.templates, "language": config.language, "captions": given and given["sha256"], "dtype": config.dtype, "part_rows": config.part_rows,
+        "teachers": [dataclasses.asdict(fact) for fact in facts], "pairs": {one.name: one.sha256 for one in scans},
     }))  # fmt: skip
 
 
-def _hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Write settings.json into a fresh folder, or compare with the one that is there."""
-    path = folder / SETTINGS
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StoreError(f"'{path}' cannot be read ({error}); remove the store '{folder}' and run again") from None
-        different = [name for name in settings if found.get(name) != settings[name]]
-        if different:
-            shown = {name: f"{name} ({_short(found.get(name))} there, {_short(settings[name])} now)" for name in different}
-            raise StoreError(f"store '{folder}' was begun with other {', '.join(shown.values())}; give another folder, or remove this one to start anew")
-        return
-    strangers = [entry.name for entry in folder.iterdir() if entry.name != ".lock"]
-    if strangers:
-        raise StoreError(f"'{folder}' is no store but holds {', '.join(sorted(strangers)[:3])}; give a new or an empty folder")
-    write_json(path, settings)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The index of a store that is complete and unchanged; None when there is work to do."""
-    if not (folder / INDEX).is_file():
-        return None
-    try:
-        store = open_store(folder, verify=True)
-    except StoreError as error:
-        logger.warning("the store is repaired: %s", error)
-        return None
-    return store.index if store.index.get("settings_sha256") == fingerprint else None
-
-
-def _finished_quickly(config: ReinforceConfig, folder: Path, shards: dict[str, str]) -> dict[str, Any] | None:
-    """The index of a store that is complete, found without loading a teacher: when every one is a checkpoint folder with a receipt."""
-    try:
-        index = read_index(folder)
-        receipts = [json.loads((Path(spec) / "receipt.json").read_text(encoding="utf-8")) for spec in config.teachers]
-        given = [(Path(spec).name, receipt["files"]["model.safetensors"]["sha256"]) for spec, receipt in zip(config.teachers, receipts, strict=True)]
-    except (OSError, ValueError, KeyError, StoreError):
-        return None
-    facts = [TeacherFacts(**fact) for fact in index["teachers"]]
-    if given != [(fact.name, fact.sha256) for fact in facts]:
-        return None
-    return _finished(folder, _hash(_settings(config, facts, shards)))
-
-
-def _reusable(path: Path, metadata: dict[str, str]) -> Part | None:
-    """A part that a former run wrote for the same task, proven by the hash that it carries."""
-    try:
-        part = Part(path)
-    except StoreError:
-        return None
-    same = all(part.metadata.get(name) == value for name, value in metadata.items())
-    return part if same and part.intact() else None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"store folder '{folder}' cannot be made ({error.strerror}); give another path") from None
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StoreError(f"another process is writing the store '{folder}'; wait for it or stop it") from None
-        for half in folder.glob(".*.safetensors.*"):  # of a worker that was killed while it wrote
-            half.unlink()
-        yield
-
-
-# ---------------------------------------------------------------- work
-
-
-@contextmanager
-def _pool(config: ReinforceConfig) -> Iterator[Callable[..., Future[Any]]]:
-    """Worker processes that load the teachers once. An interrupt or error stops them at once."""
-    pool = ProcessPoolExecutor(config.workers, mp_context=get_context("forkserver"), initializer=start_worker, initargs=(config.teachers, config.pairs))
-    try:
-        yield pool.submit
-    except BrokenProcessPool:
-        raise StoreError("a worker process died, most likely for want of memory; run the same command again (it continues), with fewer --workers") from None
-    except BaseException:
-        workers = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _read_captions(pairs: Pairs, config: ReinforceConfig) -> tuple[dict[int, list[Caption]], dict[int, str]]:
-    """Typed captions by row, and the reason for rows whose caption is unusable."""
-    captions: dict[int, list[Caption]] = {}
-    unreadable: dict[int, str] = {}
-    for row in range(len(pairs)):
-        try:
-            captions[row] = captions_of(pairs.caption(row), config.templates, config.language)
-        except PairsError as error:
-            unreadable[row] = str(error)
-    return captions, unreadable
-
-
-def _embed_texts(folder: Path, texts: list[str], fingerprint: str, submit: Callable[..., Future[Any]]) -> float:
-    """Embed every different text once, into numbered files of the work folder. Returns the workers' processor seconds."""
-    work = folder / WORK
-    work.mkdir(exist_ok=True)
-    waiting = []
-    for n, start in enumerate(range(0, len(texts), TEXTS_PER_FILE)):
-        chunk = texts[start : start + TEXTS_PER_FILE]
-        task = TextTask(path=str(text_path(work, n)), texts=chunk, metadata={"settings_sha256": fingerprint, "texts_sha256": _hash({"texts": chunk})})
-        if _reusable(Path(task.path), task.metadata) is None:
-            waiting.append(submit(embed_texts, task))
-    seconds = 0.0
-    with progress("texts", len(waiting)) as advance:
-        for n, future in enumerate(as_completed(waiting), 1):
-            seconds += future.result()
-            advance(n, f"{len(texts)} different texts")
-    return seconds
-
-
-def _plan(
-    pairs: Pairs, captions: dict[int, list[Caption]], unreadable: dict[int, str], number: dict[str, int], shards: dict[str, str], fingerprint: str,
-    config: ReinforceConfig,
-) -> list[PartTask]:  # fmt: skip
-    """One task a run of `part_rows` rows inside one shard."""
-    sources, languages = ["pairs", *config.templates], [config.language]
-    tasks = []
-    for shard in pairs.shards:
-        for n, start in enumerate(range(shard.start, shard.stop, config.part_rows)):
-            rows = list(range(start, min(start + config.part_rows, shard.stop)))
-            path = Path(config.store) / f"{shard.name}.{n:04d}.safetensors"
-            tasks.append(PartTask(
-                path=str(path), work=str(Path(config.store) / WORK), rows=[row for row in rows if row in captions], first=start, count=len(rows),
-                skipped=[{"key": pairs.keys[row], "shard": shard.name, "reason": unreadable[row]} for row in rows if row in unreadable],
-                captions=[captions[row] for row in rows if row in captions],
-                texts=[[number[caption.text] for caption in captions[row]] for row in rows if row in captions],
-                augmentations=config.augmentations, spec=config.augment, seed=config.seed, dtype=config.dtype, tables={"sources": sources, "languages": languages},
-                metadata={"settings_sha256": fingerprint, "shard": shard.name, "part": str(n), "input_sha256": shards[shard.name], "format": "mclip-store"},
-            ))  # fmt: skip
-    return tasks
-
-
-def _embed_parts(folder: Path, tasks: list[PartTask], total: int, submit: Callable[..., Future[Any]]) -> list[PartDone]:
-    """Run every task that a former run has not finished. The order of the answer is the order of the tasks."""
+def embed_parts(function: Any, tasks: Iterable[Any], total: int, engine: Engine) -> tuple[list[dict[str, Any]], list[dict[str, str]], Counter[str]]:
+    """Run every task. Returns the parts' entries and what they left out, both in the order of the tasks, and figures of the work."""
+    order: dict[str, int] = {}
     done: dict[str, PartDone] = {}
-    waiting: dict[Future[PartDone], PartTask] = {}
-    for task in tasks:
-        if (part := _reusable(Path(task.path), task.metadata)) is not None:
-            entry = part_entry(Path(task.path).name, hashlib.sha256(Path(task.path).read_bytes()).hexdigest(), part.bytes, part.read_keys())
-            done[task.path] = PartDone(entry=entry, skipped=json.loads(part.metadata["skipped"]), seconds={})
-        else:
-            waiting[submit(embed_part, task)] = task
-    pairs_done = total - sum(task.count for task in waiting.values())
-    if waiting and done:
-        logger.info("%d of %d parts are there already", len(done), len(tasks))
-    with progress("reinforce", total, done=pairs_done) as advance:
-        for future in as_completed(waiting):
-            task = waiting[future]
-            done[task.path] = future.result()
-            pairs_done += task.count
-            advance(pairs_done, "pairs")
-    expected = {Path(task.path).name for task in tasks}
+    facts: dict[str, dict[str, Any]] = {}
+    spent: Counter[str] = Counter()
+
+    def numbered() -> Iterable[Any]:
+        for n, task in enumerate(tasks):
+            order[task.path] = n
+            yield task
+
+    rows = 0
+    with progress("reinforce", total) as advance:
+        for task, answer in run(engine, function, numbered()):
+            done[task.path] = answer
+            facts[task.path] = {"shard": task.metadata["shard"], "part": int(task.metadata["part"]), "input_sha256": task.metadata["input_sha256"]}
+            rows += getattr(task, "count", answer.entry["rows"])
+            spent.update(answer.seconds)
+            spent["rows_embedded"] += answer.entry["rows"] if answer.seconds else 0
+            advance(rows, "pairs")
+    paths = sorted(order, key=order.__getitem__)
+    return [{**facts[path], **done[path].entry} for path in paths], [entry for path in paths for entry in done[path].skipped], spent
+
+
+def _refuse_strangers(folder: Path, parts: list[dict[str, Any]]) -> None:
+    expected = {entry["path"] for entry in parts}
+    if (folder / INDEX).is_file():
+        try:
+            expected |= {entry["path"] for entry in read_index(folder)["parts"]}
+        except StoreError:
+            logger.warning("the index of '%s' cannot be read and is written anew", folder)
     for stray in folder.glob("*.safetensors"):
         if stray.name not in expected:
             raise StoreError(f"store '{folder}' holds the part '{stray.name}', which these pairs do not explain; remove it or give another folder")
-    return [done[task.path] for task in tasks]
-
-
-# ---------------------------------------------------------------- index
 
 
 def _index(
-    config: ReinforceConfig, settings: dict[str, Any], fingerprint: str, facts: list[TeacherFacts], pairs: Pairs, finished: list[PartDone]
-) -> dict[str, Any]:
-    skipped = [entry for part in finished for entry in part.skipped]
-    rows = sum(part.entry["rows"] for part in finished)
+    config: ReinforceConfig, settings: dict[str, Any], fingerprint: str, facts: list[TeacherFacts], tables: dict[str, list[str]], scans: list[ShardScan],
+    parts: list[dict[str, Any]], skipped: list[dict[str, str]], given: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    rows, pairs = sum(entry["rows"] for entry in parts), len({(entry["shard"], entry["key"]) for entry in skipped})
     if not rows:
-        raise PairsError(f"none of the {len(pairs)} pairs of '{pairs.folder}' is usable; the first: {skipped[0]['reason']}")
-    tasks = [(shard, n) for shard in pairs.shards for n in range(-(-(shard.stop - shard.start) // config.part_rows))]
-    parts = [
-        {"kind": "rows", "shard": shard.name, "part": n, "input_sha256": settings["pairs"][shard.name], **part.entry}
-        for (shard, n), part in zip(tasks, finished, strict=True)
-    ]
-    for entry in skipped:
+        raise PairsError(f"none of the {pairs} pairs of '{config.pairs}' is usable; the first: {skipped[0]['reason']}")
+    for entry in skipped[:SKIPS_TOLD]:
         logger.warning("skipped '%s' of shard %s: %s", entry["key"], entry["shard"], entry["reason"])
+    if len(skipped) > SKIPS_TOLD:
+        logger.warning("and %d more, all listed in %s", len(skipped) - SKIPS_TOLD, INDEX)
+    layer = base_layer(
+        config.augmentations, len(facts), settings_sha256=fingerprint, augmentation=settings["augmentation"], augmentations=config.augmentations, seed=config.seed,
+        captioner=given,
+    )  # fmt: skip
     return {
-        "rows": rows, "dtype": config.dtype, "seed": config.seed, "teachers": [dataclasses.asdict(fact) for fact in facts], "captioner": None,
-        "augmentation": settings["augmentation"], "augmentations": config.augmentations, "sources": ["pairs", *config.templates], "languages": [config.language],
+        "rows": rows, "dtype": config.dtype, "seed": config.seed, "teachers": [dataclasses.asdict(fact) for fact in facts], "captioner": given,
+        "augmentation": settings["augmentation"], "augmentations": config.augmentations, **tables,
         "columns": {"similarity": {"version": 1, "dtype": "float32", "about": "mean over teachers of the cosine between the mean view and caption 0"}},
-        "coverage": {"pairs": len(pairs), "rows": rows, "skipped": len(skipped)}, "skipped": skipped, "shards": settings["pairs"], "parts": parts,
-        "settings_sha256": fingerprint, "figures": {},
+        "coverage": {"pairs": rows + pairs, "rows": rows, "skipped": pairs}, "skipped": skipped, "shards": settings["pairs"], "layers": [layer], "parts": parts,
+        "settings_sha256": fingerprint, "given": {"teachers": list(config.teachers), "captions": config.captions}, "figures": {},
     }  # fmt: skip
 
 
-def _figures(
-    index: dict[str, Any], finished: list[PartDone], text_seconds: float, texts: int, seconds: float, config: ReinforceConfig
-) -> dict[str, Any]:
+def figures(index: dict[str, Any], spent: Counter[str], seconds: float, engine: Engine, views: int) -> dict[str, Any]:
     """Where the time went. Processor seconds are summed over workers and leave out parts that were there already."""
-    worker = {name: round(sum(part.seconds.get(name, 0.0) for part in finished), 2) for name in ("decode", "augment", "teachers", "write")}
-    fresh = sum(part.entry["rows"] for part in finished if part.seconds)
-    size = sum(part.entry["bytes"] for part in finished)
+    fresh = spent["rows_embedded"]
+    size = sum(entry["bytes"] for entry in index["parts"])
     return {
-        "seconds": round(seconds, 2), "workers": config.workers,
-        "images_per_second": round(fresh / seconds, 2), "views_per_second": round(fresh * config.augmentations / seconds, 2),
-        "bytes": size, "bytes_per_sample": round(size / index["rows"], 1), "different_texts": texts, "worker_cpu_seconds": {**worker, "texts": round(text_seconds, 2)},
+        "seconds": round(seconds, 2), "engine": engine.name, "workers": engine.workers,
+        "images_per_second": round(fresh / seconds, 2), "views_per_second": round(fresh * views / seconds, 2),
+        "bytes": size, "bytes_per_sample": round(size / index["rows"], 1),
+        "worker_cpu_seconds": {name: round(spent[name], 2) for name in ("views", "teachers", "texts", "write")},
         "pairs_embedded": fresh, "pairs_found_done": index["rows"] - fresh,
     }  # fmt: skip
+
+
+def _publish(folder: Path, address: str, index: dict[str, Any]) -> dict[str, Any]:
+    """Write the index, last of all; what was only needed on the way is removed."""
+    write_index(folder, index if address else _keep_layers(folder, index))
+    done = read_index(folder)
+    if address:
+        remote.upload(folder / INDEX, f"{address}/{INDEX}")
+        (folder / INDEX).unlink()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    return done
+
+
+def _keep_layers(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """A repaired store keeps the layers that were added to it: parts of layer 0 have the bytes that they had."""
+    try:
+        before = read_index(folder)
+    except StoreError:
+        return index
+    if before.get("settings_sha256") != index["settings_sha256"] or len(before["layers"]) == 1:
+        return index
+    return {**before, "figures": index["figures"]}
 
 
 if __name__ == "__main__":

@@ -1,98 +1,58 @@
-"""What a worker of `mclip reinforce` does: load the teachers once, then embed chunks of texts and parts of shards.
+"""What a worker of `mclip reinforce` does: load the teachers once, then scan shards, embed texts and embed parts of shards.
 
-Everything that could change a float is fixed by the task (which rows, in which order, how many at once), never by the worker.
+Everything that could change a float is fixed by the task (which rows, in which order) and by the teacher (its micro-batch), never by the
+worker.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from collections import Counter
-from dataclasses import dataclass
-from multiprocessing import connection
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill import augment
+from distill import augment, remote
 from distill.augment import AugmentSpec
 from distill.captions import Caption
-from distill.ensemble import encode_texts, encode_views, open_teacher
-from distill.store import Part, TeacherFacts
-from distill.store_writing import PartRows, unit, write_part, write_safetensors
-from runtime.errors import ClipError, ImageError, MissingExtraError
-from runtime.pairs import Pairs, open_pairs
-
-PICTURES_AT_ONCE = 16
-"""Pictures whose views lie in memory together; fixed, because teachers see them in this grouping."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextTask:
-    """Embed these texts into this file."""
-
-    path: str
-    texts: list[str]
-    metadata: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartTask:
-    """Embed these rows of a shard into this part. `texts` are numbers into the text files, one list per row, like `captions`."""
-
-    path: str
-    work: str
-    rows: list[int]
-    first: int
-    count: int
-    skipped: list[dict[str, str]]
-    captions: list[list[Caption]]
-    texts: list[list[int]]
-    augmentations: int
-    spec: AugmentSpec
-    seed: int
-    dtype: str
-    tables: dict[str, list[str]]
-    metadata: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartDone:
-    """A part's entry for the index, what it left out, and the processor seconds of each phase (empty for a part found done)."""
-
-    entry: dict[str, Any]
-    skipped: list[dict[str, str]]
-    seconds: dict[str, float]
-
+from distill.ensemble import encode_texts, open_teacher, probe
+from distill.reinforce_captions import captions_for, names_in
+from distill.reinforce_tasks import PartDone, PartTask, ScanTask, ShardScan, TextTask
+from distill.remote import ShardPlace, fetch_shard, open_shards
+from distill.store import TeacherFacts
+from distill.store_writing import PartRows, entry_of, unit, write_part, write_safetensors
+from distill.view_embedding import embed_views
+from runtime.errors import ClipError, MissingExtraError, PairsError, StoreError
+from runtime.files import file_sha256, write_json
+from runtime.pairs import Pairs
+from runtime.store_parts import Part
+from runtime.tar_index import index_shard
 
 _STATE: dict[str, Any] = {}
+_KEPT_SHARDS = 2
 
 
-def start_worker(teachers: tuple[str, ...], pairs: str) -> None:
-    """Runs once in every worker. Teachers are loaded at the first task, where an error can be reported."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
-    _STATE.update(specs=teachers, folder=pairs)
+def start_worker(teachers: tuple[str, ...], device: str, decode_threads: int) -> None:
+    """Runs once in every worker. Teachers are loaded at the first task that needs them, where an error can be reported."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"
+    _STATE.clear()
+    _STATE.update(specs=teachers, device=device, threads=decode_threads, shards=OrderedDict())
 
 
-def _leave_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)  # the parent was killed: nobody waits for the answer
-
-
-def _teachers() -> list[Any]:
+def loaded_teachers() -> list[Any]:
+    """The teachers of this worker."""
     if "teachers" not in _STATE:
         try:
-            _STATE["teachers"] = [open_teacher(spec) for spec in _STATE["specs"]]
+            _STATE["teachers"] = [open_teacher(spec, _STATE["device"]) for spec in _STATE["specs"]]
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)
         except MissingExtraError as error:
@@ -100,110 +60,75 @@ def _teachers() -> list[Any]:
     return _STATE["teachers"]
 
 
-def _pairs() -> Pairs:
-    if "pairs" not in _STATE:
-        _STATE["pairs"] = open_pairs(_STATE["folder"])
-    return _STATE["pairs"]
+def decode_threads() -> int:
+    """Threads that decode ahead; where it was left open, none beside a teacher on the CPU (the core is taken) and four beside a GPU."""
+    if _STATE["threads"] >= 0:
+        return int(_STATE["threads"])
+    on_gpu = any(teacher.facts.preprocessing.get("precision") == "bfloat16" for teacher in loaded_teachers())
+    return 4 if on_gpu else 0
+
+
+def shard_pairs(place: ShardPlace) -> Pairs:
+    """One shard as pairs of its own; the last few stay open."""
+    kept: OrderedDict[ShardPlace, Pairs] = _STATE["shards"]
+    if place not in kept:
+        while len(kept) >= _KEPT_SHARDS:
+            kept.popitem(last=False)
+        kept[place] = open_shards([place], "", strict=False)
+    kept.move_to_end(place)
+    return kept[place]
 
 
 def describe_teachers() -> list[TeacherFacts]:
-    """Facts of every teacher; equal names get a number, so that a store can tell them apart."""
+    """Facts of every teacher, each asked for one picture and one text; equal names get a number, so that a store can tell them apart.
+
+    Raises:
+        StoreError: a teacher's answer is not finite or has another shape.
+    """
     seen: Counter[str] = Counter()
     out = []
-    for teacher in _teachers():
+    for teacher in loaded_teachers():
+        probe(teacher)
         fact = teacher.facts
         seen[fact.name] += 1
-        out.append(fact if seen[fact.name] == 1 else TeacherFacts(**{**_fields(fact), "name": f"{fact.name}-{seen[fact.name]}"}))
+        out.append(fact if seen[fact.name] == 1 else dataclasses.replace(fact, name=f"{fact.name}-{seen[fact.name]}"))
     return out
 
 
-def _fields(fact: TeacherFacts) -> dict[str, Any]:
-    return {name: getattr(fact, name) for name in TeacherFacts.__dataclass_fields__}
+# ---------------------------------------------------------------- shards and texts
 
 
-def embed_texts(task: TextTask) -> float:
-    """Write one safetensors file of float32 (n, D) per teacher, and return the processor seconds it took."""
-    started = time.process_time()
-    vectors = encode_texts(_teachers(), task.texts)
-    write_safetensors(Path(task.path), {str(t): ("F32", vector.astype("<f4")) for t, vector in enumerate(vectors)}, task.metadata)
-    return time.process_time() - started
-
-
-def view_parameters(seed: int, key: str, view: int, spec: AugmentSpec, size: tuple[int, int]) -> bytes:
-    """Parameters of one view: a function of seed, key and number alone. size: (height, width) of the picture."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return augment.sample_parameters(np.random.default_rng([seed, view, *np.frombuffer(digest[:16], "<u4").tolist()]), spec, size)
-
-
-def embed_part(task: PartTask) -> PartDone:
-    """Decode, augment and embed the rows of a part, and write it."""
-    teachers, pairs = _teachers(), _pairs()
-    seconds: Counter[str] = Counter()
-    skipped, kept = list(task.skipped), []
-    packed: list[np.ndarray] = []
-    vectors: list[list[np.ndarray]] = [[] for _ in teachers]
-    sizes = sorted({teacher.image_size for teacher in teachers})
-    for start in range(0, len(task.rows), PICTURES_AT_ONCE):
-        views: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
-        for place in range(start, min(start + PICTURES_AT_ONCE, len(task.rows))):
-            row, clock = task.rows[place], time.process_time()
-            try:
-                image = pairs.image(row)
-            except ImageError as error:
-                skipped.append({"key": pairs.keys[row], "shard": task.metadata["shard"], "reason": str(error)})
-                continue
-            finally:
-                seconds["decode"] += time.process_time() - clock
-            clock = time.process_time()
-            drawn = [view_parameters(task.seed, pairs.keys[row], n, task.spec, (image.height, image.width)) for n in range(task.augmentations)]
-            for size in sizes:
-                views[size] += [np.asarray(augment.apply(image, parameters, size)) for parameters in drawn]
-            packed.append(np.frombuffer(b"".join(drawn), np.uint8).reshape(task.augmentations, augment.PACKED_BYTES))
-            kept.append(place)
-            seconds["augment"] += time.process_time() - clock
-        if not views[sizes[0]]:
-            continue
-        clock = time.process_time()
-        for t, found in enumerate(encode_views(teachers, {size: np.stack(made) for size, made in views.items()})):
-            vectors[t].append(found.reshape(-1, task.augmentations, found.shape[1]))
-        seconds["teachers"] += time.process_time() - clock
-    clock = time.process_time()
-    entry = _write(task, kept, packed, vectors, skipped, [teacher.facts.dim for teacher in teachers], pairs)
-    seconds["write"] += time.process_time() - clock
-    return PartDone(entry=entry, skipped=skipped, seconds=dict(seconds))
-
-
-def _write(
-    task: PartTask, kept: list[int], packed: list[np.ndarray], vectors: list[list[np.ndarray]], skipped: list[dict[str, str]], dims: list[int], pairs: Pairs
-) -> dict[str, Any]:
-    captions = [task.captions[place] for place in kept]
-    width = max((len(made) for made in captions), default=0)
-    images = [np.concatenate(found) if found else np.zeros((0, task.augmentations, dim), np.float32) for found, dim in zip(vectors, dims, strict=True)]
-    texts = [_gather_texts(task, kept, width, t, dim) for t, dim in enumerate(dims)]
-    similarity = np.zeros(len(kept), np.float32)
-    for image, text in zip(images, texts, strict=True):
-        if len(kept):
-            similarity += (unit(image.mean(axis=1)) * text[:, 0]).sum(axis=1, dtype=np.float32) / len(dims)
-    rows = PartRows(
-        keys=[pairs.keys[task.rows[place]] for place in kept], pair_rows=[task.rows[place] for place in kept], captions=captions,
-        augmentations=np.stack(packed) if packed else np.zeros((0, task.augmentations, augment.PACKED_BYTES), np.uint8),
-        image_embeddings=images, text_embeddings=texts, columns={"similarity": similarity},
+def scan_shard(task: ScanTask) -> ShardScan:
+    """Index and hash a shard, or take what a former run found when the shard has not changed since. Raises PairsError."""
+    stamp = {"bytes": str(task.place.bytes), "state": task.place.state, "given": task.given}
+    if task.stash and (known := _stashed(Path(task.stash), stamp)) is not None:
+        return known
+    path = fetch_shard(task.place)
+    samples, rejected, _ = index_shard(path, strict=False, name=task.place.name)
+    hashes = np.array([key_hash(key) for key in samples], np.uint64)
+    sources, languages = names_in(task.given, task.place.name, list(samples)) if task.given else (set(), set())
+    found = ShardScan(
+        name=task.place.name, sha256=file_sha256(path), key_hashes=hashes, rejected=[dataclasses.asdict(entry) for entry in rejected],
+        sources=sorted(sources), languages=sorted(languages),
     )  # fmt: skip
-    metadata = {**task.metadata, "skipped": json.dumps(skipped)}
-    return write_part(Path(task.path), rows, dtype=task.dtype, tables=task.tables, metadata=metadata)
+    if task.stash:
+        with said_plainly(Path(task.stash)):
+            facts = {"name": found.name, "sha256": found.sha256, "rejected": found.rejected, "sources": found.sources, "languages": found.languages}
+            write_safetensors(Path(task.stash), {"key_hashes": ("I64", hashes.view("<i8"))}, {**stamp, "facts": json.dumps(facts)})
+    return found
 
 
-def _gather_texts(task: PartTask, kept: list[int], width: int, teacher: int, dim: int) -> np.ndarray:
-    """(n, C, D) float32 from the text files; rows with fewer captions are padded with zeros."""
-    out = np.zeros((len(kept), width, dim), np.float32)
-    for row, place in enumerate(kept):
-        for j, number in enumerate(task.texts[place]):
-            file, local = divmod(number, TEXTS_PER_FILE)
-            out[row, j] = _text_file(task.work, file).get(str(teacher))[local]
-    return out
+def key_hash(key: str) -> int:
+    """Eight bytes of a key's hash."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
-TEXTS_PER_FILE = 128
+def _stashed(path: Path, stamp: dict[str, str]) -> ShardScan | None:
+    part = _intact(path, stamp)
+    return None if part is None else ShardScan(**json.loads(part.metadata["facts"]), key_hashes=part.get("key_hashes").view(np.uint64).copy())
+
+
+TEXTS_PER_FILE = 256
 """Texts a file of the work folder."""
 
 
@@ -212,8 +137,183 @@ def text_path(work: Path, number: int) -> Path:
     return work / f"texts-{number:06d}.safetensors"
 
 
+def embed_texts(task: TextTask) -> float:
+    """Write one safetensors file of float32 (n, D) per teacher, unless it is there. Returns the processor seconds."""
+    if _intact(Path(task.path), task.metadata) is not None:
+        return 0.0
+    started = time.process_time()
+    vectors = encode_texts(loaded_teachers(), task.texts, finite=False)
+    with said_plainly(Path(task.path)):
+        write_safetensors(Path(task.path), {str(t): ("F32", vector.astype("<f4")) for t, vector in enumerate(vectors)}, task.metadata)
+    return time.process_time() - started
+
+
+# ---------------------------------------------------------------- parts
+
+
+def view_parameters(seed: int, key: str, view: int, spec: AugmentSpec, size: tuple[int, int]) -> bytes:
+    """Parameters of one view: a function of seed, key and number alone. size: (height, width) of the picture."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return augment.sample_parameters(np.random.default_rng([seed, view, *np.frombuffer(digest[:16], "<u4").tolist()]), spec, size)
+
+
+def draw_views(seed: int, key: str, numbers: range, spec: AugmentSpec, size: tuple[int, int]) -> np.ndarray:
+    """`view_parameters` of several views, uint8 (A, 16)."""
+    drawn = b"".join(view_parameters(seed, key, n, spec, size) for n in numbers)
+    return np.frombuffer(drawn, np.uint8).reshape(len(numbers), augment.PACKED_BYTES)
+
+
+def embed_part(task: PartTask) -> PartDone:
+    """Decode, augment and embed the rows of a part, and write it; or find that a former run did."""
+    if (done := found_done(task)) is not None:
+        return done
+    teachers, pairs, seconds = loaded_teachers(), shard_pairs(task.place), Counter[str]()
+    dropped = set(task.drop)
+    rows = [row for row in range(len(pairs)) if row not in dropped][task.first : task.first + task.count]
+    reasons: dict[int, str] = {}
+    captions: dict[int, list[Caption]] = {}
+    for place, row in enumerate(rows):
+        try:
+            captions[place] = captions_for(pairs, row, task.place.name, task.captions)
+        except PairsError as error:
+            reasons[place] = str(error)
+    clock = time.thread_time()
+    texts = _embed_captions(task, captions)
+    for place, vectors in enumerate_nan(texts):
+        reasons[place] = f"teacher '{teachers[vectors].facts.name}' gave no finite embedding for a caption of this pair"
+        del captions[place], texts[place]
+    seconds["texts"] += time.thread_time() - clock
+    found = embed_views(
+        teachers, ((place, pairs.image_bytes(rows[place])) for place in captions),
+        lambda place, size: draw_views(task.seed, pairs.keys[rows[place]], range(task.augmentations), task.spec, size), task.augmentations,
+        threads=decode_threads(), seconds=seconds,
+    )  # fmt: skip
+    reasons |= found.failures
+    clock = time.thread_time()
+    dims = [teacher.facts.dim for teacher in teachers]
+    rows_of_part = PartRows(
+        keys=[pairs.keys[rows[place]] for place in found.places], pair_rows=[task.base + place for place in found.places],
+        captions=[captions[place] for place in found.places], augmentations=found.packed, image_embeddings=found.vectors,
+        text_embeddings=[padded_texts([texts[place][t] for place in found.places], dim) for t, dim in enumerate(dims)],
+    )  # fmt: skip
+    rows_of_part.columns["similarity"] = _similarity(rows_of_part)
+    skipped = [{"key": pairs.keys[rows[place]], "shard": task.place.name, "reason": reasons[place]} for place in sorted(reasons)]
+    with said_plainly(Path(task.path)):
+        metadata = {**task.metadata, "skipped": json.dumps(skipped)}
+        entry = write_part(Path(task.path), rows_of_part, dtype=task.dtype, tables=task.tables, metadata=metadata)
+        if task.remote:
+            _deliver(task, entry, skipped)
+    seconds["write"] += time.thread_time() - clock
+    return PartDone(entry=entry, skipped=skipped, seconds=dict(seconds))
+
+
+def enumerate_nan(texts: dict[int, list[np.ndarray]]) -> list[tuple[int, int]]:
+    """(place, teacher) of every place where a teacher's text vectors are not all finite."""
+    bad = {}
+    for place, vectors in texts.items():
+        for t, vector in enumerate(vectors):
+            if not np.isfinite(vector).all():
+                bad.setdefault(place, t)
+    return list(bad.items())
+
+
+def padded_texts(vectors: list[np.ndarray], dim: int) -> np.ndarray:
+    """Per row (C_r, D) -> (n, largest C_r, D), filled up with zeros."""
+    out = np.zeros((len(vectors), max((len(made) for made in vectors), default=0), dim), np.float32)
+    for row, made in enumerate(vectors):
+        out[row, : len(made)] = made
+    return out
+
+
+def embed_distinct(texts: list[str]) -> dict[str, list[np.ndarray]]:
+    """Per text its embedding (D,) by each of the worker's teachers; each different text is embedded once."""
+    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    vectors = encode_texts(loaded_teachers(), unique, finite=False)
+    return {text: [found[n] for found in vectors] for n, text in enumerate(unique)}
+
+
+def _embed_captions(task: PartTask, captions: dict[int, list[Caption]]) -> dict[int, list[np.ndarray]]:
+    """Per place and teacher the vectors of its captions (C, D), read from the pooled files or made now."""
+    teachers = range(len(loaded_teachers()))
+    if task.texts is None:
+        known = embed_distinct([caption.text for made in captions.values() for caption in made])
+        return {place: [np.stack([known[caption.text][t] for caption in made]) for t in teachers] for place, made in captions.items()}
+    out = {}
+    for place in captions:
+        files = [divmod(number, TEXTS_PER_FILE) for number in task.texts[place]]
+        out[place] = [np.stack([_text_file(task.work, file).get(str(t))[local] for file, local in files]) for t in teachers]
+    return out
+
+
 def _text_file(work: str, number: int) -> Part:
     key = ("texts", work, number)
     if key not in _STATE:
         _STATE[key] = Part(text_path(Path(work), number))
     return _STATE[key]
+
+
+def _similarity(rows: PartRows) -> np.ndarray:
+    """Column `similarity`, version 1 (docs/store-format.md, section 4)."""
+    out = np.zeros(len(rows.keys), np.float32)
+    for image, text in zip(rows.image_embeddings, rows.text_embeddings, strict=True):
+        if len(out):
+            out += (unit(image.mean(axis=1)) * text[:, 0]).sum(axis=1, dtype=np.float32) / len(rows.image_embeddings)
+    return out
+
+
+# ---------------------------------------------------------------- what is done already, and writing
+
+
+def found_done(task: Any) -> PartDone | None:
+    """What a former run wrote for the same task, proven by the hashes that it carries."""
+    if getattr(task, "remote", ""):
+        return _found_delivered(task)
+    path = Path(task.path)
+    part = _intact(path, task.metadata)
+    return None if part is None else PartDone(entry=entry_of(path), skipped=json.loads(part.metadata.get("skipped", "[]")), seconds={})
+
+
+def _intact(path: Path, metadata: dict[str, str]) -> Part | None:
+    if not path.is_file():
+        return None
+    try:
+        part = Part(path)
+    except StoreError:
+        return None
+    same = all(part.metadata.get(name) == value for name, value in metadata.items())
+    return part if same and part.intact() else None
+
+
+def _deliver(task: PartTask, entry: dict[str, Any], skipped: list[dict[str, str]]) -> None:
+    """Upload a part, then the note that says so; what lies here is removed."""
+    path = Path(task.path)
+    note = path.with_suffix(".json")
+    remote.upload(path, f"{task.remote}/{path.name}")
+    write_json(note, {"metadata": task.metadata, "entry": entry, "skipped": skipped})
+    remote.upload(note, f"{task.remote}/.work/{note.name}")
+    path.unlink()
+    note.unlink()
+
+
+def _found_delivered(task: PartTask) -> PartDone | None:
+    fs, root = remote.filesystem(task.remote, StoreError)
+    name = Path(task.path).name
+    try:
+        note = json.loads(fs.cat_file(f"{root}/.work/{Path(name).with_suffix('.json').name}"))
+        there = int(fs.info(f"{root}/{name}")["size"])
+    except (OSError, ValueError):
+        return None
+    if note.get("metadata") != task.metadata or there != note["entry"]["bytes"]:
+        return None
+    return PartDone(entry=note["entry"], skipped=note["skipped"], seconds={})
+
+
+@contextmanager
+def said_plainly(path: Path) -> Iterator[None]:
+    """A full disk, or one that cannot be written, as one sentence. What was written before stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"'{path.name}' cannot be written to '{path.parent}' ({error.strerror}); nothing that was stored is lost: make room, then run the same command again, it continues"
+        ) from None

@@ -241,7 +241,7 @@ def test_bad_teachers_leave_no_store(made: tuple[Path, Path], tmp_path: Path, sp
 
 
 def test_impossible_settings_are_refused(tmp_path: Path) -> None:
-    for changes in ({"teachers": ()}, {"augmentations": 0}, {"workers": 0}, {"seed": -1}, {"templates": ("poem",)}):
+    for changes in ({"teachers": ()}, {"augmentations": 0}, {"workers": -1}, {"seed": -1}, {"templates": ("poem",)}):
         with pytest.raises(RecipeError):
             config(tmp_path, tmp_path, **changes)
 
