@@ -16,6 +16,7 @@ from benchmarks.suites.student_arms import Arms, arm_figures, train_arms
 from distill.affinity import affinity_kl
 from distill.store import Store, open_store
 from distill.store_writing import INDEX, PartRows, write_index, write_part
+from runtime.files import file_sha256
 
 DTYPES = ("bfloat16", "int8", "int4")
 ROWS_COMPARED = 1024
@@ -44,8 +45,8 @@ def dtype_figures(out: Path, pairs: Path, judged: Path, teachers: list[Path], ar
 
 def rewrite(source: Path, target: Path, dtype: str) -> Path:
     """Write a store of one layer again with another dtype. Does nothing when it has been done. Returns the target."""
-    store = open_store(source)
-    if (target / INDEX).is_file() and open_store(target).index["settings_sha256"] == store.index["settings_sha256"]:
+    store, origin = open_store(source), file_sha256(source / INDEX)
+    if (target / INDEX).is_file() and open_store(target).index.get("rewritten_from") == origin:
         return target
     target.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -54,7 +55,7 @@ def rewrite(source: Path, target: Path, dtype: str) -> Path:
     for entry, start, stop in zip(store.index["parts"], edges[:-1], edges[1:], strict=True):
         written = write_part(target / entry["path"], _rows(store, start, stop), dtype=dtype, tables=tables, metadata={"format": "mclip-store"})
         parts.append({**entry, **written})
-    write_index(target, {**store.index, "dtype": dtype, "parts": parts})
+    write_index(target, {**store.index, "dtype": dtype, "parts": parts, "rewritten_from": origin})
     return target
 
 
