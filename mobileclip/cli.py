@@ -11,7 +11,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("benchmarks.suites.demo:main", "everything below on the sample data, from pictures to a report"),
     "sample": ("distill.sample:main", "fetch and draw a sample data set (emoji, stamps)"),
     "reinforce": ("distill.reinforce:main", "store what teachers know about a pairs folder"),
+    "import-datacompdr": ("distill.datacompdr:main", "turn DataCompDR's published shards into a store for one's own pictures"),
     "curate": ("distill.curate:main", "choose pairs by rules: duplicates, captions, stored similarity"),
+    "pilot": ("distill.pilot:main", "choose teachers and settings on a small share of the pairs, by the student's recall"),
     "train": ("distill.train:main", "train a student from pairs and a store"),
     "eval": ("distill.evaluate:main", "retrieval and zero-shot figures of a checkpoint or bundle"),
     "compress": ("export.compress:main", "prune a checkpoint and recover it from the store"),
@@ -73,7 +75,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
 
 
 EXTRAS = {
-    "sample": "sample", "convert": "train", "reinforce": "train", "curate": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
+    "sample": "sample", "convert": "train", "reinforce": "train", "curate": "train", "pilot": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
     "bench": "bench", "report": "bench", "demo": "all",
 }  # fmt: skip
 
