@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick grid bench-tokenizer bench-loading test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -34,6 +34,15 @@ demo-quick: $(STAMP)
 
 grid: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.grid --run out/demo --out out/grid
+
+bench-store: $(DEV)
+	$(BIN)/python -m benchmarks.suites.store --run out/demo --out out/bench-store
+
+bench-scale: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.scale --out out/bench-scale
+
+bench-poison: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.poison --run out/demo --out out/bench-poison
 
 bench-tokenizer: $(STAMP)
 	$(BIN)/python -m distill.fetch

@@ -1,6 +1,6 @@
 """What a reinforcement costs at 12 million and 1.28 billion pairs, multiplied out from costs that are measured here.
 
-    python -m benchmarks.suites.scale --out out/scale              (make bench-scale)
+    python -m benchmarks.suites.scale --out out/bench-scale        (make bench-scale)
 
 Measured: bytes a sample of stores that are written (captions of CoCa's length), operations a view and a text of the two towers of ViT-L/14
 (counted by torch), seconds of decoding and drawing a view of a 512-pixel JPEG on one core, and of the teacher on one core. Assumed, and
@@ -43,7 +43,7 @@ PEAKS = {"A100 (bf16, dense)": 312e12, "H100 (bf16, dense)": 989e12}
 class ScaleConfig:
     """What is multiplied out."""
 
-    out: str = "out/scale"
+    out: str = "out/bench-scale"
     pairs: tuple[int, ...] = (12_800_000, 1_280_000_000)
     settings: tuple[tuple[int, int], ...] = ((30, 6), (10, 6), (5, 5), (2, 2))
     """Views and captions (the pair's own among them)."""
