@@ -24,14 +24,14 @@ _BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked", "attn_mask"
 
 
 def main(argv: list[str]) -> int:
-    """`mclip inspect PATH [--json]`. Raises ClipError when the path is nothing known, or damaged."""
+    """`mclip inspect PATH [--sample SHARE] [--json]`. Raises ClipError when the path is nothing known, or damaged."""
     from runtime.shell import inspect
 
     return inspect(argv, look=facts_of)
 
 
-def facts_of(path: str) -> dict[str, Any]:
-    """JSON-ready facts of any path: weights, or what `runtime.inspection.inspect_path` knows.
+def facts_of(path: str, sample: float | None = None) -> dict[str, Any]:
+    """JSON-ready facts of any path: weights, or what `runtime.inspection.inspect_path` knows (`sample` as there).
 
     Raises:
         ClipError: nothing known, or damaged; the message says what was found.
@@ -43,7 +43,7 @@ def facts_of(path: str) -> dict[str, Any]:
         return _folder(place)
     from runtime.inspection import inspect_path
 
-    return inspect_path(place)
+    return inspect_path(place, sample)
 
 
 def weights_facts(path: Path) -> dict[str, Any]:

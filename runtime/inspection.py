@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BundleError, CheckpointError, ClipError, PairsError, StoreError
+from runtime.errors import BundleError, CheckpointError, ClipError, PairsError
 
 
-def inspect_path(path: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect_path(path: str | os.PathLike[str], sample: float | None = None) -> dict[str, Any]:
     """Facts of a pairs folder, sample, store, checkpoint, bundle or results file.
 
     Where a manifest, index or receipt lists sha256 values, every listed file is hashed.
+
+    Args:
+        sample: of a store, compare this share of the rows of every part with their checksums instead; above 0, at most 1.
 
     Returns:
         JSON-ready {"kind", "path", "verified": number of files whose hash was compared, "bytes", …facts}.
@@ -33,7 +36,7 @@ def inspect_path(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ClipError(f"{path} does not exist; give a pairs folder, sample, store, checkpoint, bundle or results file")
     for marks, look in _KINDS:
         if any((path / mark).is_file() for mark in marks):
-            return look(path)
+            return _store(path, sample) if look is _store else look(path)
     if any(path.glob("*.tar")):
         return _pairs(path)
     names = sorted(entry.name for entry in path.iterdir())
@@ -94,23 +97,10 @@ def bundle_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _store(path: Path) -> dict[str, Any]:
-    index = read_json(path / "index.json", StoreError)
-    if index.get("kind") != "store" or not isinstance(index.get("parts"), list):
-        raise StoreError(f"{path / 'index.json'} is of kind {index.get('kind')!r}, expected a store's index with parts; reinforce again")
-    listed = {}
-    for n, part in enumerate(index["parts"]):
-        if not isinstance(part, dict) or not isinstance(part.get("path"), str):
-            raise StoreError(f"{path / 'index.json'}: parts[{n}] names no file; reinforce again")
-        listed[part["path"]] = part
-    size = verify_files(path, listed, StoreError, "index.json")
-    teachers = [
-        {key: teacher.get(key) for key in ("name", "dim", "logit_scale", "licence")} for teacher in index.get("teachers", []) if isinstance(teacher, dict)
-    ]
-    facts: dict[str, Any] = {
-        key: index[key] for key in ("schema", "rows", "dtype", "seed", "augmentations", "languages", "sources", "coverage") if key in index
-    }
-    return {"kind": "store", "path": str(path), "verified": len(listed), "bytes": size, "parts": len(listed), "teachers": teachers, **facts}
+def _store(path: Path, sample: float | None = None) -> dict[str, Any]:
+    from runtime.store_facts import store_facts
+
+    return store_facts(path, sample)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

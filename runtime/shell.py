@@ -189,24 +189,26 @@ def _mark(entry: dict[str, Any]) -> str:
     return "ok  " if entry["ok"] else "FAIL"
 
 
-def inspect(argv: list[str], look: Callable[[str], dict[str, Any]] | None = None) -> int:
+def inspect(argv: list[str], look: Callable[[str, float | None], dict[str, Any]] | None = None) -> int:
     """What a path is, its facts, its hashes checked. `look` finds the facts; left out, the kinds that the SDK knows are told apart."""
     parser = argparse.ArgumentParser(prog="mclip inspect", description="Say what a folder or file is, check its hashes and print its facts.")
     parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--sample", type=_share, metavar="SHARE", help="of a store, compare this share of its rows with their checksums instead of every byte")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     from runtime.inspection import inspect_path
 
-    facts = (look or inspect_path)(args.path)
+    facts = (look or inspect_path)(args.path, args.sample)
     if args.json:
         _write_json(facts)
         return 0
     verified = f"{facts['verified']} files match their hashes" if facts["verified"] else "no hashes are recorded for it"
-    _write(f"{facts['kind']}  {facts['path']}  {facts['bytes'] / 1e6:.2f} MB, {verified}")
+    _write(f"{facts['kind']}  {facts['path']}  {facts['bytes'] / 1e6:.2f} MB, {facts.pop('checked', None) or verified}")
     artefacts = facts.pop("artefacts", [])
     for key, value in facts.items():
         if key not in ("kind", "path", "verified", "bytes", "files") and value not in (None, {}, []):
-            _write(f"  {key}: {value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)}")
+            for line in _lines(key, value):
+                _write("  " + line)
     for entry in artefacts:
         cosine = (entry["parity"] or {}).get("cosine_min")
         speed = (entry["latency"] or {}).get("p50_ms")
@@ -215,6 +217,13 @@ def inspect(argv: list[str], look: Callable[[str], dict[str, Any]] | None = None
         parts += [f"{speed:.2f} ms" if speed is not None else "", entry["reason"] or ""]
         _write("  " + "  ".join(part for part in parts if part))
     return 0
+
+
+def _lines(key: str, value: Any) -> list[str]:
+    """A fact on one line; a list of objects has a line for each."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return [f"{key}:", *(f"  {', '.join(f'{name} {json.dumps(fact, ensure_ascii=False)}' for name, fact in item.items())}" for item in value)]
+    return [f"{key}: {value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)}"]
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -226,6 +235,13 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: all that this process may use)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is no share of the rows; expected more than 0, at most 1")
+    return value
 
 
 def _positive(text: str) -> int:

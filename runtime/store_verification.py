@@ -89,7 +89,7 @@ def locate_damage(folder: Path, part: Part, entry: dict[str, Any]) -> str:
     """What has changed in a part whose sha256 is another than the index says: header, an array that is no row's, or rows with their keys."""
     shard = _shard(entry)
     if hashlib.sha256(part.payload).hexdigest() == part.metadata.get("payload_sha256"):
-        return f"store part '{entry['path']}' has changed in its header (shard {shard}); its rows are as they were written"
+        return f"store part '{entry['path']}' has changed in its header (shard {shard}), its rows are as they were written"
     try:
         said = json.loads(part.metadata.get("array_crc32", "{}"))
         wrong = [name for name, crc in array_checksums(part.arrays).items() if said.get(name) != crc]

@@ -15,41 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill import store as store_module
-from distill.captions import captions_of
 from distill.store import DTYPES, open_store
-from distill.store_writing import PartRows, from_bfloat16, quantise, to_bfloat16, unit, write_index, write_part
+from distill.store_writing import write_part
 from runtime.errors import StoreError
-
-TABLES = {"sources": ["pairs", "emoji"], "languages": ["en"]}
-VIEWS = 3
-FLOOR = {"float32": 0.9999999, "float16": 0.999999, "bfloat16": 0.99999, "int8": 0.9999, "int4": 0.99}
-"""Cosine that a stored vector must keep."""
-
-
-def make_rows(rng: np.random.Generator, start: int, count: int, dims: tuple[int, ...]) -> PartRows:
-    captions = [captions_of(f"caption {start + n} of é猫", ("emoji",) if n % 2 else ()) for n in range(count)]
-    return PartRows(
-        keys=[f"key-{start + n}" for n in range(count)], pair_rows=[2 * (start + n) for n in range(count)], captions=captions,
-        augmentations=rng.integers(0, 255, (count, VIEWS, 16), dtype=np.uint8),
-        image_embeddings=[unit(rng.standard_normal((count, VIEWS, dim), dtype=np.float32)) for dim in dims],
-        text_embeddings=[unit(rng.standard_normal((count, 2, dim), dtype=np.float32)) for dim in dims],
-        columns={"similarity": rng.standard_normal(count).astype(np.float32)},
-    )  # fmt: skip
-
-
-def make_store(folder: Path, dtype: str = "int8", dims: tuple[int, ...] = (24, 40), counts: tuple[int, ...] = (5, 0, 7)) -> list[PartRows]:
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, made, entries, start = np.random.default_rng(1), [], [], 0
-    for n, count in enumerate(counts):
-        rows = make_rows(rng, start, count, dims)
-        entries.append({"kind": "rows", **write_part(folder / f"s.{n:04d}.safetensors", rows, dtype=dtype, tables=TABLES, metadata={"part": str(n)})})
-        made.append(rows)
-        start += count
-    write_index(folder, {
-        "rows": start, "dtype": dtype, "seed": 0, "teachers": [{"name": f"t{n}", "dim": dim, "logit_scale": 20.0} for n, dim in enumerate(dims)], "parts": entries,
-        "columns": {"similarity": {"version": 1, "dtype": "float32"}}, **TABLES,
-    })  # fmt: skip
-    return made
+from tests.distill.stores import FLOOR, TABLES, VIEWS, cut, edit_index, flip, make_rows, make_store
 
 
 @pytest.fixture
@@ -60,32 +29,51 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_comes_back(tmp_path: Path, dtype: str) -> None:
-    made = make_store(tmp_path, dtype)
+    truth = make_store(tmp_path, dtype)
     store = open_store(tmp_path, verify=True)
     assert len(store) == 12
-    assert store.keys == [f"key-{n}" for n in range(12)]
+    assert store.keys == truth.keys == [f"key-{n}" for n in range(12)]
     assert store.pair_rows.tolist() == list(range(0, 24, 2))
     assert store.n_augmentations.tolist() == [VIEWS] * 12
     assert set(store.caption_counts.tolist()) == {1, 2}
     rows, augs = np.array([11, 0, 4, 5, 0]), np.array([2, 0, 1, 2, 1])
     for t in (0, 1):
-        expected = np.concatenate([part.image_embeddings[t] for part in made])[rows, augs]
         found = store.image_embeddings(t, rows, augs)
         assert found.dtype == np.float32
         assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
-        assert (found * expected).sum(1).min() > FLOOR[dtype]
-        text = np.concatenate([part.text_embeddings[t] for part in made])[rows, 0]
+        assert (found * truth.images[t][rows, augs]).sum(1).min() > FLOOR[dtype]
+        text = np.stack([truth.texts[t][row][0] for row in rows])
         assert (store.text_embeddings(f"t{t}", rows, np.zeros(5, int)) * text).sum(1).min() > FLOOR[dtype]
-    assert np.array_equal(store.augmentation(rows, augs), np.concatenate([part.augmentations for part in made])[rows, augs])
-    assert np.array_equal(store.column("similarity"), np.concatenate([part.columns["similarity"] for part in made]))
-    captions = [caption for part in made for caption in part.captions]
-    assert all(store.caption(row, j) == caption for row, own in enumerate(captions) for j, caption in enumerate(own))
+    assert np.array_equal(store.augmentation(rows, augs), truth.parameters[rows, augs])
+    assert np.array_equal(store.column("similarity"), truth.columns["similarity"])
+    assert all(store.caption(row, j) == caption for row, own in enumerate(truth.captions) for j, caption in enumerate(own))
 
 
 def test_float32_is_exact(tmp_path: Path) -> None:
-    made = make_store(tmp_path, "float32")
+    truth = make_store(tmp_path, "float32")
     found = open_store(tmp_path).image_embeddings(0, np.arange(5), np.zeros(5, int))
-    assert np.abs(found - made[0].image_embeddings[0][:, 0]).max() < 1e-7
+    assert np.abs(found - truth.images[0][:5, 0]).max() < 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_view_is_a_view_into_the_file(tmp_path: Path, dtype: str) -> None:
+    truth = make_store(tmp_path, dtype)
+    store = open_store(tmp_path)
+    stored, parameters = store.read_view(6, 1)
+    assert np.array_equal(parameters, truth.parameters[6, 1])
+    assert all(not array.flags.owndata and not array.flags.writeable for array in (parameters, *(values for values, _ in stored)))
+    assert [values.shape for values, _ in stored] == ([(12,), (20,)] if dtype == "int4" else [(24,), (40,)])
+    assert {scale is None for _, scale in stored} == {dtype not in ("int8", "int4")}
+    vectors, _ = store.read_view_float(6, 1)
+    for t, vector in enumerate(vectors):
+        assert vector.dtype == np.float32
+        assert np.abs(vector - store.image_embeddings(t, [6], [1])[0]).max() < 1e-6
+
+
+@pytest.mark.parametrize(("row", "aug"), [(12, 0), (-1, 0), (0, 3), (0, -1)])
+def test_a_view_that_does_not_exist(folder: Path, row: int, aug: int) -> None:
+    with pytest.raises(StoreError, match="does not exist|has no augmentation"):
+        open_store(folder).read_view(row, aug)
 
 
 def test_parts_are_ordinary_safetensors(folder: Path) -> None:
@@ -107,31 +95,6 @@ def test_pickled_store_reads_the_same(folder: Path) -> None:
     again = pickle.loads(pickle.dumps(store))
     assert again.keys == store.keys
     assert np.array_equal(again.image_embeddings(1, [3], [2]), store.image_embeddings(1, [3], [2]))
-
-
-@settings(max_examples=100, derandomize=True, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1e-6, 1e-3, 1.0, 100.0]))
-def test_int8_error_is_half_a_step(seed: int, size: float) -> None:
-    vectors = np.random.default_rng(seed).standard_normal((4, 32)).astype(np.float32) * np.float32(size)
-    values, scales = quantise(vectors)
-    step = scales.astype(np.float32)[:, None]
-    # half a step of rounding; the largest value may also be clipped by what float16 rounds off its scale
-    assert (np.abs(values * step - vectors) <= 0.5 * step + 0.08 * step).all()
-
-
-@settings(max_examples=200, derandomize=True, deadline=None)
-@given(st.floats(-(2.0**100), 2.0**100, width=32))
-def test_bfloat16_equals_torch(value: float) -> None:
-    import torch
-
-    found = from_bfloat16(to_bfloat16(np.array([value], np.float32)))
-    assert found[0] == torch.tensor([value]).to(torch.bfloat16).float().item()
-
-
-def test_zero_vectors_stay_finite() -> None:
-    values, scales = quantise(np.zeros((2, 8), np.float32))
-    assert not values.any()
-    assert np.isfinite(unit(values * scales.astype(np.float32)[:, None])).all()
 
 
 def test_values_that_are_not_finite_are_never_stored(tmp_path: Path) -> None:
@@ -164,22 +127,6 @@ def test_captions_and_teachers_that_do_not_exist(folder: Path) -> None:
 # ---------------------------------------------------------------- disagreement
 
 
-def edit_index(folder: Path, change) -> None:
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def cut(path: Path, keep: int) -> None:
-    path.write_bytes(path.read_bytes()[:keep])
-
-
 DAMAGE = {
     "no index": (lambda f: (f / "index.json").unlink(), "not a finished store"),
     "index is not JSON": (lambda f: cut(f / "index.json", 100), "is not JSON"),
@@ -203,6 +150,25 @@ DAMAGE = {
     "another total": (lambda f: edit_index(f, lambda i: i.update(rows=13)), "says 13 rows, its parts have 12"),
     "other keys": (lambda f: edit_index(f, lambda i: i["parts"][0].update(keys_sha256="0" * 64)), "other keys"),
     "a column that is not there": (lambda f: edit_index(f, lambda i: i["columns"].update(flags={})), "lacks the array 'column.flags'"),
+    "a header of no JSON": (lambda f: _header(f, lambda h: "{"), "damaged in its header"),
+    "an array beyond the file": (lambda f: _array(f, "augmentations", data_offsets=[0, 1 << 40], shape=[1 << 36, 1, 16]), "damaged in its header"),
+    "an array of another size than its shape": (lambda f: _array(f, "augmentations", shape=[5, 3, 17]), "damaged in its header"),
+    "an array with a negative length": (lambda f: _array(f, "augmentations", shape=[-5, -3, 16]), "damaged in its header"),
+    "an array of text": (lambda f: _array(f, "augmentations", dtype="TEXT"), "damaged in its header"),
+    "a shape that is no list": (lambda f: _array(f, "augmentations", shape="abc"), "damaged in its header"),
+    "arrays over one another": (lambda f: _header(f, _overlap), "overlap or leave a gap"),
+    "an array left out": (lambda f: _header(f, lambda h: json.dumps({k: v for k, v in h.items() if k != "augmentations"})), "overlap or leave a gap"),
+    "a header that is a list": (lambda f: _header(f, lambda h: "[]"), "damaged in its header"),
+    "deep JSON": (lambda f: _header(f, lambda h: "[" * 100_000), "damaged in its header|does not fit|index says"),
+    "more captions than there are": (lambda f: _poke(f, "n_captions", 3), "counts more captions than it holds"),
+    "a row without captions": (lambda f: _poke(f, "n_captions", 0), "or none; it is damaged"),
+    "a text beyond the texts": (lambda f: _poke(f, "captions.offsets", 1 << 31), "counts more captions"),
+    "a key beyond the keys": (lambda f: _poke(f, "keys.offsets", 1 << 31), "its keys are damaged"),
+    "teachers that are not objects": (lambda f: edit_index(f, lambda i: i.update(teachers=[1, 2])), "unusable teacher"),
+    "a scale of nothing": (lambda f: edit_index(f, lambda i: i["teachers"][0].update(logit_scale=0)), "unusable teacher"),
+    "a scale that is not finite": (lambda f: edit_index(f, lambda i: i["teachers"][0].update(logit_scale=float("nan"))), "unusable teacher"),
+    "sources that are numbers": (lambda f: edit_index(f, lambda i: i.update(sources=[1])), "unusable fields: sources"),
+    "an unknown dtype": (lambda f: edit_index(f, lambda i: i.update(dtype="int2")), "unusable fields: dtype"),
     "a header of four gigabytes": (lambda f: _header_length(f / "s.0000.safetensors"), "truncated or no safetensors file"),
 }
 
@@ -217,6 +183,39 @@ def _exchange(folder: Path) -> None:
     shutil.move(a, folder / "x")
     shutil.move(b, a)
     shutil.move(folder / "x", b)
+
+
+def _header(folder: Path, change) -> None:
+    """Rewrite the header of the first part and enter the new length into the index."""
+    path = folder / "s.0000.safetensors"
+    blob = path.read_bytes()
+    (length,) = struct.unpack("<Q", blob[:8])
+    text = change(json.loads(blob[8 : 8 + length])).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + blob[8 + length :])
+    edit_index(folder, lambda index: index["parts"][0].update(bytes=path.stat().st_size))
+
+
+def _array(folder: Path, name: str, **fields) -> None:
+    _header(folder, lambda header: json.dumps({**header, name: {**header[name], **fields}}))
+
+
+def _overlap(header: dict) -> str:
+    a, b = header["image.0.scales"], header["text.0.scales"]
+    width = a["data_offsets"][1] - a["data_offsets"][0]
+    b["data_offsets"] = [a["data_offsets"][0], a["data_offsets"][0] + b["data_offsets"][1] - b["data_offsets"][0]]
+    assert width >= b["data_offsets"][1] - b["data_offsets"][0]
+    return json.dumps(header)
+
+
+def _poke(folder: Path, name: str, value: int) -> None:
+    """Set the second entry of an array of the first part."""
+    path = folder / "s.0000.safetensors"
+    array = store_module.Part(path).get(name)
+    place = path.read_bytes().rindex(array.tobytes()) + array.itemsize
+    data = bytearray(path.read_bytes())
+    data[place : place + array.itemsize] = np.array([value], array.dtype).tobytes()
+    path.write_bytes(bytes(data))
 
 
 def _header_length(path: Path) -> None:
@@ -238,7 +237,7 @@ def test_one_flipped_bit_is_found_when_asked(folder: Path) -> None:
     path = folder / "s.0000.safetensors"
     flip(path, len(path.read_bytes()) - 3)
     open_store(folder)
-    with pytest.raises(StoreError, match=r"s\.0000\.safetensors' has changed"):
+    with pytest.raises(StoreError, match=r"s\.0000\.safetensors' has changed: shard s, row \d \(key 'key-\d'\) of 5"):
         open_store(folder, verify=True)
     assert not store_module.Part(path).intact()
 
