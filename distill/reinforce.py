@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -134,12 +135,20 @@ def reinforce(config: ReinforceConfig) -> dict[str, Any]:
     places = list_shards(config.pairs)
     address = config.store.rstrip("/") if is_remote(config.store) else ""
     folder = staging_folder(address) if address else Path(config.store)
-    with locked(folder), open_engine(config.engine, config.workers, start_worker, specs_of(config, folder), config.device, config.decode_threads) as engine:
-        if config.adds:
-            from distill.appending import append
+    workers = (start_worker, specs_of(config, folder), config.device, config.decode_threads)
+    with locked(folder):
+        with open_engine(config.engine, config.workers, *workers) as engine:
+            if config.adds:
+                from distill.appending import append
 
-            return append(config, folder, places, engine)
-        return _fill(config, folder, address, places, engine)
+                return append(config, folder, places, engine)
+            index, was_whole = _fill(config, folder, address, places, engine)
+        if was_whole or len(index["layers"]) == 1:
+            return index
+        from distill.appending import repair
+
+        with open_engine(config.engine, config.workers, start_worker, tuple(index["given"]["teachers"]), config.device, config.decode_threads) as engine:
+            return repair(config, folder, places, engine)
 
 
 def specs_of(config: ReinforceConfig, folder: Path) -> tuple[str, ...]:
@@ -151,20 +160,21 @@ def specs_of(config: ReinforceConfig, folder: Path) -> tuple[str, ...]:
     return tuple(read_index(folder).get("given", {}).get("teachers", ()))
 
 
-def _fill(config: ReinforceConfig, folder: Path, address: str, places: list[remote.ShardPlace], engine: Engine) -> dict[str, Any]:
+def _fill(config: ReinforceConfig, folder: Path, address: str, places: list[remote.ShardPlace], engine: Engine) -> tuple[dict[str, Any], bool]:
+    """The index, and whether there was nothing to do."""
     started = time.monotonic()
     plan = CaptionPlan(templates=config.templates, language=config.language, given=config.captions)
     given = caption_facts(config.captions) if config.captions else None
     scans = scan(places, folder / WORK, config.captions, engine)
     known = None if address else known_teachers(config.teachers, config.device, folder)
     if known is not None and (done := finished(folder, hash_of(_settings(config, known, scans, given)))) is not None:
-        return done
+        return done, True
     facts: list[TeacherFacts] = engine.submit(describe_teachers).result()
     settings = _settings(config, facts, scans, given)
     claim(folder, settings, address)
     fingerprint = hash_of(settings)
     if (done := finished(folder, fingerprint, address)) is not None:
-        return done
+        return done, True
     total = sum(usable(one) for one in scans)
     local = not address and not any(is_remote(place.url) for place in places)
     pooled = PooledTexts(places, scans, plan) if config.texts == "pooled" or (config.texts == "auto" and local and total <= POOLED_PAIRS) else None
@@ -184,7 +194,7 @@ def _fill(config: ReinforceConfig, folder: Path, address: str, places: list[remo
     spent["texts"] += text_seconds
     index["figures"] = figures(index, spent, time.monotonic() - started, engine, config.augmentations) | {"texts_embedded": "pooled" if pooled else "a part"}
     with said_plainly(folder / INDEX):
-        return _publish(folder, address, index)
+        return _publish(folder, address, index), False
 
 
 def _settings(config: ReinforceConfig, facts: list[TeacherFacts], scans: list[ShardScan], given: dict[str, Any] | None) -> dict[str, Any]:
@@ -229,7 +239,8 @@ def _refuse_strangers(folder: Path, parts: list[dict[str, Any]]) -> None:
         except StoreError:
             logger.warning("the index of '%s' cannot be read and is written anew", folder)
     for stray in folder.glob("*.safetensors"):
-        if stray.name not in expected:
+        begun = re.fullmatch(r".+\.\d{4,}\.(\d+)\.safetensors", stray.name)  # of an addition that did not finish
+        if stray.name not in expected and not (begun and (folder / f"settings.{begun[1]}.json").is_file()):
             raise StoreError(f"store '{folder}' holds the part '{stray.name}', which these pairs do not explain; remove it or give another folder")
 
 

@@ -74,19 +74,20 @@ class PartTask:
 class LayerTask:
     """Make the part of a later layer that belongs to one base part.
 
-    kind: what the layer adds; views: run-on numbers of its views; teachers: the store's numbers of the teachers whose vectors it holds;
-    loaded: which of the worker's teachers these are.
+    index: the store's index cut to that part and the layers that stand; kind: what the layer adds; views: run-on numbers of its views, from
+    and before; teachers: the store's numbers of the teachers whose vectors it holds; loaded: which of the worker's teachers these are;
+    count: rows of the base part.
     """
 
     store: str
-    base_path: str
+    index: dict[str, Any]
     path: str
-    first_row: int
-    rows: int
     place: ShardPlace
+    count: int
     kind: str
     views: tuple[int, int]
     teachers: tuple[int, ...]
+    loaded: tuple[int, ...]
     given: str
     spec: AugmentSpec
     seed: int

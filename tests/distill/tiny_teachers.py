@@ -55,3 +55,35 @@ def misshapen() -> TinyTeacher:
 
 def not_a_teacher() -> str:
     return "no"
+
+
+def green() -> TinyTeacher:
+    return TinyTeacher("green", 16, 40, 3)
+
+
+def moody() -> TinyTeacher:
+    """Like red, but not a number for views that are mostly pure magenta, and for texts that say so."""
+    teacher = TinyTeacher("moody", 8, 32, 1)
+    image, text = teacher.encode_image, teacher.encode_text
+
+    def encode_image(images: np.ndarray) -> np.ndarray:
+        out = image(images)
+        out[[bool((np.asarray(one) == (255, 0, 255)).all(axis=2).mean() > 0.5) for one in images]] = np.nan
+        return out
+
+    def encode_text(texts: Sequence[str]) -> np.ndarray:
+        out = text(texts)
+        out[["magenta" in one for one in texts]] = np.nan
+        return out
+
+    teacher.encode_image, teacher.encode_text = encode_image, encode_text  # type: ignore[method-assign]
+    return teacher
+
+
+def fickle() -> TinyTeacher:
+    """Each row's embedding depends on how many rows there are and on its place, as floating point may: only a fixed micro-batch hides the first."""
+    teacher = TinyTeacher("fickle", 8, 32, 1)
+    image, text = teacher.encode_image, teacher.encode_text
+    teacher.encode_image = lambda images: image(images) + np.float32(0.1 * len(images))  # type: ignore[method-assign]
+    teacher.encode_text = lambda texts: text(texts) + np.float32(0.1 * len(texts))  # type: ignore[method-assign]
+    return teacher
