@@ -18,10 +18,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "store.json"
 
 
 def write_wide(folder: Path, dtype: str, rows: int, views: int, captions: int, dims: tuple[int, ...] = (768, 768)) -> Store:
-    """One part with keys of 32 letters and captions of 60 bytes, as DataComp's are; random vectors."""
+    """One part with keys of 32 letters and captions of 60 bytes; random vectors."""
     rng, texts = np.random.default_rng(0), [f"{'a photograph of a wooden chair beside the window'} {n:03}" for n in range(1000)]
     made = [
-        [Caption(text=f"{texts[(row + j) % 1000]} {j:07}"[:60].ljust(60, "."), type="synthetic" if j else "raw", source="coca" if j else "pairs", parent=-1) for j in range(captions)]
+        [Caption(text=f"{texts[(row + j) % 1000]} {j:07}"[:60].ljust(60, "."), type="synthetic" if j else "raw", source="coca" if j else "pairs") for j in range(captions)]
         for row in range(rows)
     ]
     assert all(len(caption.text.encode()) == 60 for own in made for caption in own)
