@@ -10,6 +10,8 @@ import sys
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("benchmarks.suites.demo:main", "everything below on the sample data, from pictures to a report"),
     "sample": ("distill.sample:main", "fetch and draw a sample data set (emoji, stamps)"),
+    "train-captioner": ("distill.prefix_training:main", "a small captioner for a pairs folder, from its captions and a teacher"),
+    "caption": ("distill.captioning:main", "write captions of a pairs folder with a captioner"),
     "reinforce": ("distill.reinforce:main", "store what teachers know about a pairs folder"),
     "import-datacompdr": ("distill.datacompdr:main", "turn DataCompDR's published shards into a store for one's own pictures"),
     "curate": ("distill.curate:main", "choose pairs by rules: duplicates, captions, stored similarity"),
@@ -75,7 +77,8 @@ def run_verb(verb: str, argv: list[str]) -> int:
 
 
 EXTRAS = {
-    "sample": "sample", "convert": "train", "reinforce": "train", "curate": "train", "pilot": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
+    "sample": "sample", "convert": "train", "train-captioner": "train", "caption": "train",
+    "reinforce": "train", "curate": "train", "pilot": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
     "bench": "bench", "report": "bench", "demo": "all",
 }  # fmt: skip
 
