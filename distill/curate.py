@@ -21,13 +21,11 @@ from typing import Any, Literal
 
 import tyro
 
-from distill.curation_rules import Selection, apply_rules
+from distill.curation_rules import CAP, Selection, apply_rules
 from distill.keep_list import read_keep_list, write_keep_list
-from distill.store import open_store
-from distill.store_writing import hash_shards
+from distill.remote import fetch_shard, list_shards, local_pairs, local_store
 from runtime.errors import PairsError, RecipeError
 from runtime.files import file_sha256, write_json
-from runtime.pairs import open_pairs
 
 NO_SETTINGS = ("pairs", "out", "store", "within", "apart_from", "workers", "json")
 """Fields that do not decide which keys are kept, or are named by their hashes."""
@@ -38,7 +36,7 @@ class CurateConfig:
     """Choose pairs of PAIRS by rules, and write their keys to OUT."""
 
     pairs: tyro.conf.Positional[str]
-    """Folder of tar shards."""
+    """Folder of tar shards, or its address (s3://, gs://, hf://, file://)."""
     out: tyro.conf.Positional[str]
     """Keep-list to write; the report goes beside it, with .json appended."""
     store: str | None = None
@@ -113,6 +111,8 @@ def main(argv: list[str]) -> int:
     if config.json:
         sys.stdout.write(json.dumps({"out": config.out, **{name: report[name] for name in ("pairs_in", "pairs_kept", "dropped")}}) + "\n")
         return 0
+    if report["unusable_samples"]:
+        sys.stdout.write(f"{report['unusable_samples']} samples of the shards cannot be used at all; the first: {report['unusable'][0]['reason']}\n")
     width = max(len(step["rule"]) for step in report["rules"])
     for step in report["rules"]:
         reasons = ", ".join(f"{count} {why}" for why, count in step["why"].items())
@@ -131,9 +131,8 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise PairsError(f"the keep-list '{out}' cannot be written: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}; give a file name")
-    pairs = open_pairs(config.pairs)
-    shards = hash_shards(pairs)
-    selection = Selection(pairs, open_store(config.store) if config.store is not None else None, shards, config)
+    pairs, shards = local_pairs(config.pairs, strict=False), _hashes(config.pairs)
+    selection = Selection(pairs, local_store(config.store) if config.store is not None else None, shards, config)
     if config.within is not None:
         selection.begin_with(read_keep_list(config.within), config.within)
     apply_rules(selection)
@@ -151,11 +150,17 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     if config.within is not None:
         facts["inputs"]["within"] = file_sha256(config.within)
     if config.apart_from is not None:
-        facts["inputs"]["apart_from"] = _digest(hash_shards(open_pairs(config.apart_from)))
-    report = {"kind": "curation", "schema": 1, **facts, "rules": selection.steps}
+        facts["inputs"]["apart_from"] = _digest(_hashes(config.apart_from))
+    unusable = [dataclasses.asdict(sample) for sample in pairs.rejected]
+    report = {"kind": "curation", "schema": 1, **facts, "unusable_samples": len(unusable), "unusable": unusable[:CAP], "rules": selection.steps}
     write_json(out.with_name(out.name + ".json"), report)
     write_keep_list(out, (key for key, alive in zip(pairs.keys, selection.alive, strict=True) if alive), facts)
     return report
+
+
+def _hashes(address: str) -> dict[str, str]:
+    """sha256 of every shard, by name."""
+    return {place.name: file_sha256(fetch_shard(place)) for place in list_shards(address)}
 
 
 def _digest(value: Any) -> str:

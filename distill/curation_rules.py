@@ -17,10 +17,11 @@ from distill.duplicates import Kept
 from distill.keep_list import KeepList
 from distill.perceptual_hash import HammingIndex
 from distill.picture_facts import PictureFacts, read_pictures
+from distill.remote import local_pairs
 from distill.store import Store
 from distill.stored_similarity import caption_similarities, picture_vectors
 from runtime.errors import PairsError, StoreError
-from runtime.pairs import Pairs, open_pairs
+from runtime.pairs import Pairs
 
 if TYPE_CHECKING:
     from distill.curate import CurateConfig
@@ -47,13 +48,15 @@ class Selection:
     def _join(self, store: Store, shards: dict[str, str]) -> None:
         place = {key: row for row, key in enumerate(self.pairs.keys)}
         strangers = [key for key in store.keys if key not in place]
-        if strangers:
-            found = f"{len(strangers)} of its {len(store)} keys, the first '{strangers[0]}', are not among them"
-            raise StoreError(f"the store '{store.path}' does not belong to these pairs: {found}; give the store of these pairs")
-        changed = [name for name, digest in store.index.get("shards", {}).items() if shards.get(name) != digest]
+        if 2 * len(strangers) >= len(store):  # a few pictures may have gone since, as training allows too
+            first = f", the first '{strangers[0]}'," if strangers else ""
+            raise StoreError(f"the store '{store.path}' does not belong to these pairs: {len(strangers)} of its {len(store)} keys{first} are not among them; give their own")
+        changed = [name for name, digest in store.index.get("shards", {}).items() if shards.get(name, digest) != digest]
         if changed:
             raise StoreError(f"the store '{store.path}' was made from another version of the shard '{changed[0]}'; reinforce these pairs again")
-        self.store_row[[place[key] for key in store.keys]] = np.arange(len(store))
+        for row, key in enumerate(store.keys):
+            if key in place:
+                self.store_row[place[key]] = row
         has = self.store_row >= 0
         if self.config.similarity_of == "best":
             best = np.concatenate([np.nanmax(caption_similarities(store, rows), axis=1) for rows in _blocks(self.store_row[has])])
@@ -201,7 +204,7 @@ def near_duplicates(selection: Selection) -> None:
 def apart_from(selection: Selection) -> None:
     facts, place = selection.facts()
     config, folder = selection.config, str(selection.config.apart_from)
-    others = open_pairs(folder)
+    others = local_pairs(folder, strict=False)
     theirs = read_pictures(others, np.arange(len(others)), config.workers)
     index, readable = HammingIndex(config.near_distance, len(others)), np.flatnonzero(theirs.readable)
     for value in theirs.hashes[readable].tolist():

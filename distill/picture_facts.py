@@ -15,7 +15,7 @@ import numpy as np
 from distill.perceptual_hash import THUMBNAIL, colour_thumbnail, perceptual_hash
 from distill.progress import progress
 from runtime.errors import ImageError, PairsError
-from runtime.pairs import Pairs, open_pairs
+from runtime.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _in_turn(pairs: Pairs, chunks: list[list[int]], workers: int) -> Iterator[Pi
     if workers == 1 or len(chunks) < 2:
         yield from (_facts(pairs, chunk) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("forkserver"), initializer=_start, initargs=(str(pairs.folder),))
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("forkserver"), initializer=_start, initargs=(pairs,))
     try:
         yield from pool.map(_work, chunks)
     except BrokenProcessPool:
@@ -87,8 +87,8 @@ def _in_turn(pairs: Pairs, chunks: list[list[int]], workers: int) -> Iterator[Pi
 _STATE: dict[str, Pairs] = {}
 
 
-def _start(folder: str) -> None:
-    _STATE["pairs"] = open_pairs(folder)
+def _start(pairs: Pairs) -> None:
+    _STATE["pairs"] = pairs
 
 
 def _work(rows: list[int]) -> PictureFacts:

@@ -237,9 +237,31 @@ def refused(kind: type[ClipError], expected: str, tmp_path: Path, **settings: An
 def test_a_store_of_other_pairs(judged: tuple[Path, Path, dict[str, float]], tmp_path: Path) -> None:
     _, store, _ = judged
     other = write_pairs(tmp_path / "other", {"k00": (encode(blobs(1)), "x"), "new": (encode(blobs(2)), "y")})
-    refused(StoreError, "does not belong to these pairs: 23 of its 24 keys, the first 'k02'", tmp_path, pairs=str(other), store=str(store), keep_fraction=0.5)
+    refused(StoreError, "does not belong to these pairs: 23 of its 24 keys, the first 'k02', are not among them", tmp_path, pairs=str(other), store=str(store), keep_fraction=0.5)
     changed = write_pairs(tmp_path / "changed", {f"k{n:02}": (encode(blobs(50 + n)), "x") for n in range(24)})
     refused(StoreError, "another version of the shard '00000'", tmp_path, pairs=str(changed), store=str(store), keep_fraction=0.5)
+
+
+def test_pictures_may_have_gone_since(judged: tuple[Path, Path, dict[str, float]], tmp_path: Path) -> None:
+    pairs, store, similarity = judged
+    (pairs / "00001.tar").rename(tmp_path / "gone.tar")
+    refused(StoreError, "12 of its 24 keys", tmp_path, pairs=str(pairs), store=str(store), keep_fraction=0.5)
+    samples = {f"k{n:02}": (encode(blobs(n)), f"thing {n}") for n in range(1, 21, 2)}
+    write_pairs(tmp_path / "rest", samples, shards=1)
+    (tmp_path / "rest/00000.tar").rename(pairs / "rest.tar")
+    kept, steps = run(pairs, tmp_path, store=str(store), min_similarity=0.0)
+    assert len(kept) == 22
+    assert "not in the store" not in steps
+
+
+def test_samples_that_cannot_be_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = write_pairs(tmp_path / "p", {"a": (encode(blobs(1)), "x"), "b": (encode(blobs(2)), "y")})
+    write_pairs(tmp_path / "q", {"a": (encode(blobs(3)), "z")}, shards=1)
+    (tmp_path / "q/00000.tar").rename(pairs / "more.tar")  # its key is in another shard already
+    assert cli.main(["curate", str(pairs), str(tmp_path / "out.keep"), "--exact"]) == 0
+    assert capsys.readouterr().out.startswith("1 samples of the shards cannot be used at all; the first: the key 'a' is in")
+    report = json.loads((tmp_path / "out.keep.json").read_text())
+    assert (report["pairs_in"], report["unusable_samples"], report["unusable"][0]["shard"]) == (2, 1, "more")
 
 
 def test_a_store_without_similarity(tmp_path: Path) -> None:
