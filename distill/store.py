@@ -55,7 +55,8 @@ class TeacherFacts:
 
 @dataclass(slots=True)
 class _Stack:
-    """One base part and its parts of later layers, mapped. views: per view (parameters, place in them, per teacher (values, scales, place))."""
+    """One base part and its parts of later layers, mapped. views: made when one view is first asked for; per view (parameters, place in them,
+    per teacher (values, scales, place))."""
 
     parts: list[Part]
     views: list[tuple[np.ndarray, int, list[tuple[np.ndarray, np.ndarray | None, int]]]]
@@ -112,7 +113,8 @@ class Store:
             self._check(np.asarray([row]), np.asarray([aug]), self.n_augmentations, "augmentation")
         number = bisect_right(self._edges, row) - 1
         local = row - self._edges[number]
-        parameters, place, teachers = self._stack(number).views[aug]
+        stack = self._stack(number)
+        parameters, place, teachers = (stack.views or self._find_arrays(stack))[aug]
         return [(values[local, n], scales[local, n] if scales is not None else None) for values, scales, n in teachers], parameters[local, place]
 
     def read_view_float(self, row: int, aug: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -236,11 +238,12 @@ class Store:
             if stack is not None:
                 self._open.move_to_end(number)
                 return stack
-            stack = self._map(number)
+        stack = self._map(number)  # by two threads at once, at the worst
+        with self._lock:
             self._open[number] = stack
             if len(self._open) > self._most_stacks:
                 self._open.popitem(last=False)
-            return stack
+        return stack
 
     def _map(self, number: int) -> _Stack:
         parts = [Part(self.path / entry["path"]) for entry in self._entries[number]]
@@ -249,12 +252,16 @@ class Store:
                 check_part(part, entry, layer, self.index)
             self._check_late_texts(number, parts)
             self._checked.add(number)
-        views = []
+        return _Stack(parts=parts, views=[])
+
+    def _find_arrays(self, stack: _Stack) -> list[tuple[np.ndarray, int, list[tuple[np.ndarray, np.ndarray | None, int]]]]:
+        views, parts = [], stack.parts
         for aug in range(self._views):
             (layer, item), *teachers = [(int(layers[aug]), int(items[aug])) for layers, items in self._view_places]
             arrays = [(parts[at].arrays[f"image.{t}.embeddings"], parts[at].arrays.get(f"image.{t}.scales"), place) for t, (at, place) in enumerate(teachers)]
             views.append((parts[layer].arrays["augmentations"], item, arrays))
-        return _Stack(parts=parts, views=views)
+        stack.views = views
+        return views
 
     def _check_late_texts(self, number: int, parts: list[Part]) -> None:
         """A later teacher must have a text vector for every caption that existed before it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -30,7 +31,9 @@ UNROWED = ("keys.offsets", CHECKSUMS)
 INT4_GROUP = 64
 """Values of a vector that share a scale in int4, where the dimension is a multiple of it."""
 
-_NUMPY = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
+_NUMPY = {name: np.dtype(code) for name, code in (
+    ("I8", "i1"), ("U8", "u1"), ("I16", "<i2"), ("U16", "<u2"), ("I32", "<i4"), ("U32", "<u4"), ("I64", "<i8"), ("F16", "<f2"), ("F32", "<f4"), ("BF16", "<u2"),
+)}  # fmt: skip
 _MAX_HEADER = 16 << 20
 
 
@@ -64,11 +67,9 @@ class Part:
             raise StoreError(f"store part '{path.name}' is truncated or damaged in its header ({error}); reinforce again to replace it") from None
 
     def _view(self, data: mmap.mmap, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-        kind = np.dtype(_NUMPY[dtype])
+        kind = _NUMPY[dtype]
         start, stop = data_offsets
-        count = 1
-        for length in shape:
-            count *= length
+        count = math.prod(shape)
         if min(shape, default=0) < 0 or start < 0 or stop - start != count * kind.itemsize or self.start + stop > self.bytes:
             raise ValueError(f"an array of shape {shape} at bytes {start} to {stop} does not fit a file of {self.bytes} bytes")
         self.codes[name] = dtype
