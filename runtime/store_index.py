@@ -62,6 +62,7 @@ def check_index(index: Any, name: str) -> None:
         raise StoreError(f"{name} has {found}, this release reads store schema {SCHEMA}; update it, or reinforce again")
     kinds = {"teachers": list, "parts": list, "layers": list, "rows": int, "augmentations": int, "dtype": str, "sources": list, "languages": list, "columns": dict}
     wrong = [field for field, kind in kinds.items() if not _is(index.get(field), kind)]
+    wrong += [field for field, kind in (("skipped", list), ("coverage", dict), ("shards", dict)) if field in index and not _is(index[field], kind)]
     wrong += [field for field in ("sources", "languages") if field not in wrong and not all(isinstance(item, str) for item in index[field])]
     if wrong or index["dtype"] not in DTYPES:
         raise StoreError(f"{name} has unusable fields: {', '.join(wrong) or 'dtype'}; reinforce again")

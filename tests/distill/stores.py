@@ -57,6 +57,7 @@ def make_store(folder: Path, dtype: str = "int8", dims: tuple[int, ...] = (24, 4
     write_index(folder, {
         "rows": start, "dtype": dtype, "seed": 0, "teachers": [{"name": f"t{n}", "dim": dim, "logit_scale": 20.0} for n, dim in enumerate(dims)], "parts": entries,
         "columns": {"similarity": {"version": 1, "dtype": "float32"}}, "layers": [base_layer(VIEWS, len(dims), seed=0)], "augmentations": VIEWS, **TABLES,
+        "coverage": {"pairs": start + 1, "rows": start, "skipped": 1}, "skipped": [{"key": "gone", "shard": "s", "reason": "no picture"}], "shards": {"s": "0" * 64},
     })  # fmt: skip
     captions = [caption for part in made for caption in part.captions]
     texts = [[vector[: len(own)] for vector, own in zip(np.concatenate([part.text_embeddings[t] for part in made]), captions, strict=True)] for t in range(len(dims))]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from distill import store as store_module
 from distill.store import DTYPES, open_store
 from distill.store_writing import write_part
+from mobileclip.inspection import facts_of
 from runtime.errors import StoreError
 from tests.distill.stores import FLOOR, TABLES, VIEWS, cut, edit_index, flip, make_rows, make_store
 
@@ -257,6 +258,9 @@ def test_a_damaged_header_never_raises_anything_else(tmp_path_factory: pytest.Te
         store = open_store(folder)
         store.caption(0, 0)
         store.image_embeddings(0, [0], [0])
+        store.read_view_float(1, 2)
+        store.column("similarity")
+        facts_of(str(folder))
     except StoreError:
         pass
 

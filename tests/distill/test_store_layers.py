@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from distill.store import open_store
 from distill.store_writing import PartRows, entry_of, next_layer, write_index, write_part
-from runtime.errors import StoreError
+from mobileclip.inspection import facts_of
+from runtime.errors import ClipError, StoreError
 from runtime.files import file_sha256
+from runtime.store_verification import find_damage
 from tests.distill.stores import FLOOR, TABLES, Truth, append_layer, cut, edit_index, flip, make_rows, make_store
 
 ROOT = Path(__file__).parents[2]
@@ -302,3 +304,46 @@ def test_one_flipped_byte_of_a_layer_is_found(tmp_path: Path) -> None:
     flip(tmp_path / "s.0002.2.safetensors", (tmp_path / "s.0002.2.safetensors").stat().st_size - 1)
     with pytest.raises(StoreError, match=r"s\.0002\.2\.safetensors' has changed: shard s, row \d \(key 'key-"):
         open_store(tmp_path, verify=True)
+
+
+# ---------------------------------------------------------------- an index that lies anywhere
+
+
+def places(value, path=()) -> list[tuple]:
+    """Every path into a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, item in inner for found in places(item, (*path, key)))]
+
+
+LIES = st.sampled_from([None, -1, 0, 1, 2, 10**30, 1.5, float("inf"), True, "", "x", "../x", "\0", [], [1], [None], {}, {"x": 1}, [0, 10**9]])
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.data())
+def test_an_index_that_lies_anywhere_raises_nothing_else(layered: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("lies")
+    for path in layered.glob("*.safetensors"):
+        os.link(path, folder / path.name)
+    index = json.loads((layered / "index.json").read_text())
+    path = data.draw(st.sampled_from([path for path in places(index) if path]))
+    target = index
+    for key in path[:-1]:
+        target = target[key]
+    if data.draw(st.booleans()):
+        target[path[-1]] = data.draw(LIES)
+    else:
+        del target[path[-1]]
+    (folder / "index.json").write_text(json.dumps(index))
+    for use in (_use, find_damage, lambda folder: facts_of(str(folder))):
+        try:
+            use(folder)
+        except ClipError:
+            pass
+
+
+def _use(folder: Path) -> None:
+    store = open_store(folder)
+    store.image_embeddings(0, [0], [0])
+    store.read_view_float(len(store) - 1, store.n_augmentations[0] - 1)
+    [store.caption(0, j) for j in range(store.caption_counts[0])]
+    [store.column(name) for name in store.index["columns"]]

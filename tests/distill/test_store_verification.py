@@ -154,6 +154,7 @@ def test_inspect_tells_what_is_in_a_store(whole: Path, capsys: pytest.CaptureFix
         counts = {name: sum(getattr(caption, field) == name for caption in stored) for name in {getattr(caption, field) for caption in stored}}
         assert found["captions"][field] == counts
     assert [(layer["kind"], layer["parts"]) for layer in found["layers"]] == [("rows", 3), ("augmentations", 3), ("captions", 3), ("teachers", 3)]
+    assert (found["coverage"], found["skipped"]) == ({"pairs": 13, "rows": 12, "skipped": 1}, {"no picture": 1})
     sizes = dict(found["bytes_per_sample"])
     assert sizes.pop("all") == pytest.approx(found["bytes"] / 12, abs=0.1)
     assert sum(sizes.values()) == pytest.approx(found["bytes"] / 12, abs=1)
