@@ -189,7 +189,7 @@ def exact_duplicates(selection: Selection) -> None:
     same_file = facts.file_sha256[place] == facts.file_sha256[place][kept.by]
     files = int((kept.dropped & same_file).sum())
     why = {name: count for name, count in (("the same file", files), ("the same pixels in another file", int(kept.dropped.sum()) - files)) if count}
-    follows = "exact deduplication, as for LAION-2B (Webster et al. 2023)"
+    follows = "common practice; how many duplicates web data hold: Webster et al. 2023, on LAION-2B"
     selection.drop_duplicates("exact duplicates", follows, rows, kept, lambda n: {"same": "file" if same_file[n] else "pixels"}, why=why)
 
 
@@ -217,7 +217,7 @@ def apart_from(selection: Selection) -> None:
                 dropped.append(row)
                 examples.append({"key": selection.pairs.keys[row], "like": others.keys[other], "bits": bits})
                 break
-    selection.drop("apart from", "DataComp's removal of evaluation pictures (Gadre et al. 2023), here by the hash of near duplicates", dropped, examples=examples[:CAP])
+    selection.drop("apart from", "ALIGN (Jia et al. 2021) and DataComp (Gadre et al. 2023), which take evaluation pictures out; here by the hash of near duplicates", dropped, examples=examples[:CAP])
 
 
 def shared_caption(selection: Selection) -> None:

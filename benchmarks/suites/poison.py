@@ -3,7 +3,7 @@
     python -m benchmarks.suites.poison --run out/demo --out out/poison
 
 Needs a demo run that has reached its store and students. Patched copies of training pictures, each with one target caption, are added to the training
-pairs in several shares (Carlini and Terzis 2022; shares as in CleanCLIP, Bansal et al. 2023), and reinforced by the run's own teachers, which have
+pairs in several shares (Carlini and Terzis 2022; Bansal et al. 2023), and reinforced by the run's own teachers, which have
 never seen the patch. Students are trained on them; the attack succeeds on an unseen picture when, patched, its best caption among all labels is the
 target. Then the same with a keep-list of `mclip curate --keep-fraction`, which knows nothing of the attack.
 
