@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter, OrderedDict
@@ -197,7 +198,7 @@ def embed_part(task: PartTask) -> PartDone:
         text_embeddings=[padded_texts([texts[place][t] for place in found.places], dim) for t, dim in enumerate(dims)],
     )  # fmt: skip
     rows_of_part.columns["similarity"] = _similarity(rows_of_part)
-    skipped = [{"key": pairs.keys[rows[place]], "shard": task.place.name, "reason": reasons[place]} for place in sorted(reasons)]
+    skipped = [{"key": pairs.keys[rows[place]], "shard": task.place.name, "reason": stable(reasons[place], task.place)} for place in sorted(reasons)]
     with said_plainly(Path(task.path)):
         metadata = {**task.metadata, "skipped": json.dumps(skipped)}
         entry = write_part(Path(task.path), rows_of_part, dtype=task.dtype, tables=task.tables, metadata=metadata)
@@ -205,6 +206,11 @@ def embed_part(task: PartTask) -> PartDone:
             _deliver(task, entry, skipped)
     seconds["write"] += time.thread_time() - clock
     return PartDone(entry=entry, skipped=skipped, seconds=dict(seconds))
+
+
+def stable(reason: str, place: ShardPlace) -> str:
+    """A reason that says the same in every run, for it is part of the part's bytes: without addresses in memory and where the pairs lie."""
+    return re.sub(r" ?<[^<>]* object at 0x[0-9a-fA-F]+>", "", reason).replace(str(Path(place.url)), f"{place.name}.tar")
 
 
 def enumerate_nan(texts: dict[int, list[np.ndarray]]) -> list[tuple[int, int]]:
