@@ -53,7 +53,8 @@ class CaptionFile:
         self.path, self._source, self.notes = path, source, notes.sentences
         hashes, order = source.hashes(), np.argsort(source.hashes(), kind="stable")
         self._hashes, self._order = hashes[order], order
-        captioner = receipt.get("captioner") if isinstance(receipt.get("captioner"), dict) else {}
+        told = receipt.get("captioner")
+        captioner: dict[str, Any] = told if isinstance(told, dict) else {}
         self.facts: dict[str, Any] = {
             **captioner, "captioner": str(captioner.get("name", path.name)), "licence": str(captioner.get("licence", "unknown")),
             "captioner_sha256": str(captioner.get("sha256", "")), "sha256": source.sha256, "samples": self._samples(), "captions": source.captions,
