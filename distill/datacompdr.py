@@ -73,7 +73,7 @@ class ImportConfig:
     """BCP-47 language of the captions."""
     workers: int = 2
     """Processes. The result does not depend on it."""
-    part_rows: int = 2048
+    part_rows: int = 1024
     """Pairs a part: what a kill can lose per worker, and what a worker holds in memory."""
     json: bool = False
     """Print one JSON object at the end."""
@@ -156,6 +156,7 @@ def _import(config: ImportConfig) -> dict[str, Any]:
             index = _index(config, settings, teachers, views, surveys, parts, reinforcements, cut_shards(indices))
             index["figures"] = _figures(index, parts, time.monotonic() - started, config)
             write_index(folder, index)
+        reinforcements.close()
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return read_index(folder)
 

@@ -19,6 +19,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -123,13 +124,22 @@ class Reinforcements:
         self._shift = 64 - int(facts["bits"])
         self._starts = np.cumsum([0, *facts["sizes"]])
         self._buckets: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._open: OrderedDict[int, tuple[mmap.mmap, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[BinaryIO, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Callable[[Path], Reinforcements], tuple[Path]]:
         return open_reinforcements, (self._folder,)
+
+    def close(self) -> None:
+        """Let go of the tars; they are opened again when they are asked for."""
+        while self._open:
+            self._open.popitem()[1][0].close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
 
     def find(self, uids: Sequence[str]) -> np.ndarray:
         """Number of each uid's sample, int64 (n,); -1 where there is none."""
@@ -158,13 +168,13 @@ class Reinforcements:
     def members(self, number: int) -> dict[str, bytes]:
         """Extension to content of a sample's members. Raises StoreError when the tar changed since it was walked."""
         shard, row = self.place(number)
-        view, records = self._shard(shard)
+        file, records = self._shard(shard)
         out = {}
         for extension, (offset, size) in zip(MEMBERS, records["spans"][row].tolist(), strict=True):
             if offset >= 0:
-                if offset + size > len(view):
+                out[extension] = os.pread(file.fileno(), size, offset)
+                if len(out[extension]) != size:
                     raise StoreError(f"{self._shards[shard]} changed while it was imported; run the same command again")
-                out[extension] = view[offset : offset + size]
         return out
 
     def _bucket(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,13 +185,11 @@ class Reinforcements:
         self._buckets.move_to_end(bucket)
         return self._buckets[bucket]
 
-    def _shard(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
+    def _shard(self, shard: int) -> tuple[BinaryIO, np.ndarray]:
         if shard not in self._open:
-            with self._shards[shard].open("rb") as file:
-                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._open[shard] = view, np.load(self._indices[shard], mmap_mode="r")
+            self._open[shard] = self._shards[shard].open("rb"), np.load(self._indices[shard], mmap_mode="r")
             while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
+                self._open.popitem(last=False)[1][0].close()
         self._open.move_to_end(shard)
         return self._open[shard]
 

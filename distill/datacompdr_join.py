@@ -215,7 +215,7 @@ def _views(task: ImportTask, sample: PublishedSample, data: bytes, meta: dict[st
         if turned:
             raise LeftOutError("turned by EXIF", "its EXIF tag turns the picture, the teachers saw it unturned")
         height, width = seen_size(meta, found)
-        packed = pack_views(sample.boxes, sample.operations, (height, width))
+        packed = pack_views(sample.boxes, sample.operations, (height, width), task.views)
     except ImageError as error:
         raise LeftOutError("unreadable picture", str(error)) from None
     except DoesNotFitError as error:
@@ -224,7 +224,7 @@ def _views(task: ImportTask, sample: PublishedSample, data: bytes, meta: dict[st
         raise LeftOutError("damaged reinforcement", str(error)) from None
     reach = (sample.boxes[:, :2] + sample.boxes[:, 2:]).max(axis=0) / (height, width)
     counts["reach"] += float(reach.mean())
-    return packed[: task.views]
+    return packed
 
 
 def _rows(task: ImportTask, pairs: Pairs, joined: dict[int, _Joined], images: list[np.ndarray]) -> PartRows:

@@ -15,6 +15,7 @@ transforms/autoaugment.py, `_apply_op`. What each magnitude means there, and wha
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -37,11 +38,12 @@ class DoesNotFitError(StoreError):
     """The published boxes do not lie in the picture that one has."""
 
 
-def pack_views(boxes: np.ndarray, operations: Sequence[Sequence[Operation]], size: tuple[int, int]) -> np.ndarray:
+def pack_views(boxes: np.ndarray, operations: Sequence[Sequence[Operation]], size: tuple[int, int], most: int | None = None) -> np.ndarray:
     """uint8 (A, 16) for `distill.augment.apply`.
 
     Args:
         boxes: (A, 4) top, left, height, width in pixels of a picture of `size` (height, width).
+        most: pack the first so many views only; the boxes of all of them must fit.
 
     Raises:
         DoesNotFitError: a box leaves the picture.
@@ -51,8 +53,8 @@ def pack_views(boxes: np.ndarray, operations: Sequence[Sequence[Operation]], siz
     if (boxes[:, 0] + boxes[:, 2]).max() > height or (boxes[:, 1] + boxes[:, 3]).max() > width:
         reach = f"{(boxes[:, 1] + boxes[:, 3]).max()} x {(boxes[:, 0] + boxes[:, 2]).max()}"
         raise DoesNotFitError(f"the published boxes reach {reach} px (width x height), the picture has {width} x {height}")
-    out = np.empty((len(boxes), PACKED_BYTES), np.uint8)
-    for n, (box, applied) in enumerate(zip(boxes.tolist(), operations, strict=True)):
+    out = np.empty((len(boxes[:most]), PACKED_BYTES), np.uint8)
+    for n, (box, applied) in enumerate(zip(boxes[:most].tolist(), operations[:most], strict=True)):
         if len(applied) > 2:
             raise DamagedSampleError(f"view {n} of its .paug.json has {len(applied)} operations, expected at most 2")
         top, tall = _fractions(box[0], box[2], height)
@@ -69,6 +71,7 @@ def _fractions(start: int, length: int, whole: int) -> tuple[int, int]:
     return min(round(start / whole * _UNIT), _UNIT - units), units
 
 
+@functools.lru_cache(maxsize=4096)
 def pack_operation(index: int, magnitude: float) -> tuple[int, int]:
     """(index, torchvision's magnitude) -> (index, stored integer). Raises DamagedSampleError when RandAugment cannot have drawn it."""
     if not 0 <= index < len(OPERATIONS) or not math.isfinite(magnitude):

@@ -255,7 +255,7 @@ def test_the_bytes_depend_neither_on_workers_nor_on_what_was_there(tmp_path, sam
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, kills):
-    samples = make_samples(300, views=8)
+    samples = make_samples(40 * kills + 80)
     write_published(tmp_path / "published", samples, per_shard=40)
     write_downloaded(tmp_path / "pairs", samples, per_shard=50)
     run(tmp_path, store="straight", part_rows=4)
