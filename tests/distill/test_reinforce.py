@@ -53,7 +53,7 @@ def make_pairs(folder: Path, counts: tuple[int, ...] = (9, 5), damage: bool = Fa
     return folder
 
 
-def config(pairs: Path, store: Path, **changes) -> ReinforceConfig:
+def config(pairs: Path | str, store: Path | str, **changes) -> ReinforceConfig:
     known = {"teachers": (RED, BLUE), "augmentations": 3, "workers": 1, "part_rows": 4, "augment": AugmentSpec()}
     return ReinforceConfig(pairs=str(pairs), store=str(store), **{**known, **changes})
 
