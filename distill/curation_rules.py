@@ -217,7 +217,8 @@ def apart_from(selection: Selection) -> None:
                 dropped.append(row)
                 examples.append({"key": selection.pairs.keys[row], "like": others.keys[other], "bits": bits})
                 break
-    selection.drop("apart from", "ALIGN (Jia et al. 2021) and DataComp (Gadre et al. 2023), which take evaluation pictures out; here by the hash of near duplicates", dropped, examples=examples[:CAP])
+    follows = "ALIGN (Jia et al. 2021) and DataComp (Gadre et al. 2023), which take evaluation pictures out; here by the hash of near duplicates"
+    selection.drop("apart from", follows, dropped, examples=examples[:CAP])
 
 
 def shared_caption(selection: Selection) -> None:

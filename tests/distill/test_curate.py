@@ -11,10 +11,18 @@ import pytest
 from PIL import ImageOps
 
 from distill.curate import CurateConfig, curate
+from distill.dataset import ReinforcedPairs
 from distill.keep_list import read_keep_list, write_keep_list
+from distill.store import open_store
+from distill.train import TrainConfig, train
 from mobileclip import cli
+from mobileclip.checkpoint import build_tokenizer
 from runtime.errors import ClipError, PairsError, RecipeError, StoreError
+from runtime.pairs import open_pairs
+from runtime.preprocess import PreprocessConfig
+from runtime.tokenizer import Tokenizer
 from tests.distill.curation_world import blobs, encode, orders, write_pairs, write_store
+from tests.distill.world import make_pairs, make_store
 
 
 def run(pairs: Path, tmp_path: Path, **settings: Any) -> tuple[set[str], dict[str, Any]]:
@@ -262,6 +270,21 @@ def test_samples_that_cannot_be_used_are_told(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.startswith("1 samples of the shards cannot be used at all; the first: the key 'a' is in")
     report = json.loads((tmp_path / "out.keep.json").read_text())
     assert (report["pairs_in"], report["unusable_samples"], report["unusable"][0]["shard"]) == (2, 1, "more")
+
+
+def test_training_takes_the_list(tmp_path: Path) -> None:
+    pairs, store = make_pairs(tmp_path / "pairs"), make_store(tmp_path / "store", tmp_path / "pairs")
+    kept, _ = run(pairs, tmp_path, near=True, near_distance=20, near_colour=60)
+    assert 2 <= len(kept) < 48
+    build_tokenizer(8192, tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.open(tmp_path / "tokenizer.json", context_length=20, cleaning="clip", pad_id=0)
+    opened, keep = open_store(store), read_keep_list(tmp_path / "out.keep")
+    data = ReinforcedPairs(open_pairs(pairs), opened, PreprocessConfig(image_size=32), tokenizer, seed=0, keep=keep)
+    seen = [opened.keys[row] for row in data.samples(0, 2 * len(kept)).rows]
+    assert sorted(seen) == sorted([*kept, *kept])  # two epochs
+    (tmp_path / "out.keep").write_bytes((tmp_path / "out.keep").read_bytes()[:-3])
+    with pytest.raises(PairsError, match="cut off"):
+        train(TrainConfig(pairs=str(pairs), store=str(store), out=str(tmp_path / "ckpt"), keep=str(tmp_path / "out.keep")))
 
 
 def test_a_store_without_similarity(tmp_path: Path) -> None:
