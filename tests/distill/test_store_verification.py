@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -181,6 +183,12 @@ def test_inspect_names_the_damaged_row(folder: Path) -> None:
     flip(folder / "s.0002.1.safetensors", (folder / "s.0002.1.safetensors").stat().st_size - 1)
     with pytest.raises(StoreError, match=r"s\.0002\.1\.safetensors' has changed: shard s, row 6 \(key 'key-11'\) of 7"):
         facts_of(str(folder))
+
+
+def test_inspect_needs_neither_torch_nor_the_training_half(whole: Path) -> None:
+    code = "import sys; from mobileclip.cli import main; assert main(['inspect', sys.argv[1]]) == 0; sys.exit(sorted({'torch', 'distill', 'timm'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code, str(whole)], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_inspect_refuses_captions_of_no_type(folder: Path) -> None:
