@@ -24,8 +24,10 @@ from typing import Any
 from benchmarks.suites.demo import TEACHERS, DemoConfig, Layout, prepare
 from benchmarks.suites.stages import Stages
 from benchmarks.suites.student_arms import Arms
+from distill.engines import EngineName
 from runtime.errors import RecipeError
 from runtime.files import write_json
+from runtime.pairs import open_pairs, write_shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +38,6 @@ class StoreSuite:
     """A demo run; where it has not reached its store, its first three stages are run."""
     out: str = "out/bench-store"
     sections: tuple[str, ...] = ("format", "loader", "kills", "dtypes", "captions")
-    kills: int = 20
     samples: int = 64_000
     """Pairs that each student of `dtypes` sees."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -96,10 +97,40 @@ def _loader() -> dict[str, Any]:
     return {**loader_ratio(), **resume_cost(), **step_ratio()}
 
 
-def _kills(config: StoreSuite, place: Layout) -> dict[str, Any]:
-    from benchmarks.suites.kills import kill_figures
+KILL_RUNS: tuple[tuple[EngineName, int, int], ...] = (("local", 2, 20), ("local", 1, 0), ("local", 4, 0), ("ray", 1, 0), ("ray", 2, 3), ("ray", 4, 0))
+"""Engine, workers, kills of each run; the first one's undisturbed store is what all are compared with."""
+KILL_SHARDS, KILL_ROWS = 2, 128
 
-    return kill_figures(place.train, [str(place.teacher(name)) for name in TEACHERS], Path(config.out) / "kills", kills=config.kills)
+
+def _kills(config: StoreSuite, place: Layout) -> dict[str, Any]:
+    from benchmarks.suites.kills import KillsConfig, kill_runs
+
+    out = Path(config.out) / "kills"
+    pairs = _slice(place.train, out / "pairs")
+    figures: dict[str, Any] = {"kill_pairs": KILL_SHARDS * KILL_ROWS, "kills_hit": 0, "kills_identical": True}
+    reference = None
+    for engine, workers, kills in KILL_RUNS:
+        name = f"{engine}_{workers}"
+        found = kill_runs(
+            KillsConfig(pairs=str(pairs), out=str(out / name), teachers=tuple(str(place.teacher(one)) for one in TEACHERS), kills=kills, engine=engine, workers=workers),
+            reference,
+        )
+        reference = reference or out / name / "whole"
+        figures |= {f"kills_{name}": found["kills"], f"identical_{name}": found["equal"]}
+        figures["kills_hit"] += found["kills"]
+        figures["kills_identical"] &= found["equal"]
+        _say(f"[bench-store] {name}: {found['kills']} kills, {found['parts']} parts, {'identical' if found['equal'] else 'DIFFERENT'}")
+    return figures
+
+
+def _slice(source: Path, target: Path) -> Path:
+    """The first pairs of a folder, in shards of their own."""
+    pairs = open_pairs(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for shard in range(KILL_SHARDS):
+        rows = range(shard * KILL_ROWS, (shard + 1) * KILL_ROWS)
+        write_shard(target / f"{shard:05}.tar", [(pairs.keys[row], {"jpg": pairs.image_bytes(row), "txt": pairs.caption(row).encode()}) for row in rows])
+    return target
 
 
 def _dtypes(config: StoreSuite, place: Layout, stages: Stages) -> dict[str, Any]:
