@@ -87,3 +87,39 @@ def fickle() -> TinyTeacher:
     teacher.encode_image = lambda images: image(images) + np.float32(0.1 * len(images))  # type: ignore[method-assign]
     teacher.encode_text = lambda texts: text(texts) + np.float32(0.1 * len(texts))  # type: ignore[method-assign]
     return teacher
+
+
+class Seeing:
+    """Knows the colours and shapes of tests/distill/world.py: a direction a word, pictures a little off."""
+
+    image_size = 48
+
+    def __init__(self) -> None:
+        self.facts = TeacherFacts(name="seeing", dim=24, logit_scale=20.0, licence="MIT", sha256=os.environ.get("SEEING_SHA256", "5ee"))
+        self._words: dict[str, np.ndarray] = {}
+
+    def _word(self, word: str) -> np.ndarray:
+        if word not in self._words:
+            self._words[word] = np.random.default_rng([*word.encode()]).standard_normal(24).astype(np.float32)
+        return self._words[word]
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        return unit(np.stack([np.sum([self._word(word) * (0.2 if len(word) < 2 else 1.0) for word in text.split() or [""]], axis=0) for text in texts]))
+
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+        from tests.distill.world import COLOURS
+
+        out = []
+        for image in images:
+            pixels = np.asarray(image, np.float32)
+            distance = np.stack([np.abs(pixels - colour).sum(axis=2) for colour in COLOURS.values()])
+            painted = np.argwhere(distance.min(axis=0) < 60)
+            colour = list(COLOURS)[int(np.bincount(distance.argmin(axis=0)[tuple(painted.T)], minlength=len(COLOURS)).argmax())]
+            filled = len(painted) / np.prod(np.ptp(painted, axis=0) + 1)
+            shape = "square" if filled > 0.95 else "disc" if filled > 0.7 else "stripe"
+            out.append(self._word(colour) + self._word(shape) + self._word("picture") * 0.5)  # the modality gap
+        return unit(np.stack(out))
+
+
+def seeing() -> Seeing:
+    return Seeing()

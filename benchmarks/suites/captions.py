@@ -1,0 +1,129 @@
+"""What the prefix captioner is worth on the sample: its captions find their own pictures, and a student that reads them retrieves better.
+
+    python -m benchmarks.suites.captions --run out/demo --out out/bench-store/captions
+
+The captioner is trained on the demo's web-like training pairs. Self-retrieval is asked of the test style, which neither it nor the teachers'
+projectors read. Then two arms of students, which differ in the share of caption types alone and read one and the same store: `without` takes
+the pairs' own captions and templates of them, `with` takes captions of the captioner besides. Same seeds, same number of samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.suites.demo import TEACHERS, Layout
+from benchmarks.suites.stages import Stages
+from benchmarks.suites.student_arms import Arms, arm_figures, train_arms
+from distill.recipes import reinforced
+from runtime.files import write_json
+
+MIXES: dict[str, dict[str, float]] = {"without": {"raw": 1, "template": 2}, "with": {"raw": 1, "template": 2, "synthetic": 2}}
+"""Shares of caption types. The first is what a demo store holds: a caption and two templates of it, drawn alike."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionSuite:
+    """Settings of the suite."""
+
+    run: str = "out/demo"
+    """A finished demo run, or one that has reached its store."""
+    out: str = "out/bench-store/captions"
+    samples: int = 28_000
+    """Pairs that each student sees."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def prefix_gain(run: Path, out: Path, samples: int = 28_000, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+    """Flat figures: self-retrieval of held-out pictures, and the students' recall@5 of both arms, each seed. What is done is kept.
+
+    Args:
+        run: folder of a demo run (pairs/, teachers/, store/). It is only read.
+        out: folder to fill.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    place, stages = Layout(run), Stages(out, lambda line: _say(f"[captions] {line}"))
+    teachers = [str(place.teacher(name)) for name in TEACHERS]
+    receipts = [place.teacher(name) / "receipt.json" for name in TEACHERS] + [place.out / "pairs/sample.json"]
+    captioner, captions, judged, store = out / "captioner", out / "train", out / "test", out / "store"
+    stages.run(
+        "captioner", [["mobileclip.cli", "train-captioner", str(place.train), str(captioner), "--teacher", *teachers]], inputs=receipts, outputs=[captioner / "receipt.json"]
+    )
+    stages.chains(
+        lambda: _caption(stages, "caption-train", place.train, captions, captioner),
+        lambda: _judge(stages, place.test, judged, captioner, teachers),
+    )
+    _reinforce(stages, place, store, captions, teachers)
+    hits = train_arms(Arms(out=out, pairs=place.train, judged=place.test, samples=samples, seeds=seeds), _options(out, store), stages)
+    receipt = json.loads((captions / "receipt.json").read_text(encoding="utf-8"))
+    seconds = stages.seconds()
+    return {
+        **json.loads((out / "self-retrieval.json").read_text(encoding="utf-8")), "captions_training_pictures": receipt["counts"]["captions"],
+        "captioner_training_seconds": seconds["captioner"], "caption_seconds": seconds["caption-train"],
+        **arm_figures(hits, "without", "student_recall5"), "student_samples": samples,
+    }  # fmt: skip
+
+
+def _caption(stages: Stages, name: str, pairs: Path, out: Path, captioner: Path) -> None:
+    stages.run(
+        name, [["mobileclip.cli", "caption", str(pairs), str(out), "--captioner", f"prefix:{captioner}", "--batch", "64"]],
+        inputs=[captioner / "receipt.json"], outputs=[out / "receipt.json"],
+    )  # fmt: skip
+
+
+def _judge(stages: Stages, pairs: Path, captions: Path, captioner: Path, teachers: list[str]) -> None:
+    _caption(stages, "caption-test", pairs, captions, captioner)
+    figures = stages.out / "self-retrieval.json"
+    stages.run(
+        "self-retrieval", [["distill.self_retrieval", str(pairs), "--captions", str(captions), "--teachers", *teachers, "--out", str(figures)]],
+        inputs=[captions / "receipt.json"], outputs=[figures],
+    )  # fmt: skip
+
+
+def _reinforce(stages: Stages, place: Layout, store: Path, captions: Path, teachers: list[str]) -> None:
+    """A copy of the run's store, with the captions as a further layer."""
+    if not store.is_dir():
+        half = store.with_name(".store.part")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(place.store, half)
+        half.rename(store)
+    stages.run(
+        "add-captions", [["mobileclip.cli", "reinforce", str(place.train), str(store), "--teachers", *teachers, "--add-captions", str(captions), "--workers", "2"]],
+        inputs=[captions / "receipt.json", place.store / "index.json"], outputs=[store / "index.json"],
+    )  # fmt: skip
+
+
+def _options(out: Path, store: Path) -> dict[str, list[str]]:
+    """What `mclip train` is told in each arm."""
+    found = {}
+    for arm, mix in MIXES.items():
+        recipe = write_json(out / f"recipe-{arm}.json", dataclasses.asdict(dataclasses.replace(reinforced(), caption_mix=mix)))
+        found[arm] = ["--store", str(store), "--recipe", str(recipe)]
+    return found
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    config = tyro.cli(CaptionSuite, prog="python -m benchmarks.suites.captions", description=__doc__)
+    started = time.monotonic()
+    figures = {**prefix_gain(Path(config.run), Path(config.out), config.samples, config.seeds), "seconds": round(time.monotonic() - started, 1)}
+    write_json(Path(config.out) / "summary.json", figures)
+    for name, value in figures.items():
+        _say(f"{name:48} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
