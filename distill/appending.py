@@ -50,6 +50,8 @@ def append(config: ReinforceConfig, folder: Path, places: list[ShardPlace], engi
     index = read_index(folder)
     scans = scan(places, folder / WORK, config.add_captions, engine)
     check_pairs(index, scans, config)
+    if config.add_augmentations:
+        spec_of(index["augmentation"])
     if config.add_captions:
         facts = caption_facts(config.add_captions)
         known = [layer.get("captioner") for layer in index["layers"] if layer.get("captioner")]
@@ -231,7 +233,8 @@ def _tasks(folder: Path, index: dict[str, Any], layer: int, settings: dict[str, 
             store=str(folder), index={**{name: index[name] for name in _READER_FIELDS}, "parts": entries, "rows": base["rows"]},
             path=str(folder / layer_part_name(base["path"], layer)), place=where[base["shard"]], kind=settings["kind"],
             views=(settings["views"][0], settings["views"][1]), teachers=numbers, loaded=loaded, given=settings.get("given", "") if settings["kind"] == "captions" else "",
-            spec=spec_of(settings["augmentation"]), seed=settings["seed"], dtype=settings["dtype"], tables=settings["tables"], count=base["rows"],
+            spec=spec_of(settings["augmentation"]) if settings["kind"] == "augmentations" else AugmentSpec(), seed=settings["seed"],
+            dtype=settings["dtype"], tables=settings["tables"], count=base["rows"],
             metadata={
                 "settings_sha256": fingerprint, "shard": base["shard"], "part": str(base["part"]), "input_sha256": base["input_sha256"], "format": "mclip-store",
                 "layer": str(layer), "base_sha256": base["sha256"],
@@ -245,6 +248,8 @@ _READER_FIELDS = ("schema", "kind", "teachers", "layers", "dtype", "augmentation
 def spec_of(stored: dict[str, Any]) -> AugmentSpec:
     """The settings by which a store's views were drawn. Raises StoreError when this release draws them otherwise."""
     known = {field.name for field in dataclasses.fields(AugmentSpec)}
+    if "drawn_by" in stored:
+        raise StoreError(f"the store's views were drawn by {stored['drawn_by']} elsewhere; captions and teachers can be added to it, views cannot")
     if stored.get("version") != augment.VERSION or set(stored) - {"version"} != known:
         raise StoreError(f"the store's views were drawn with augmentation version {stored.get('version')}, this release draws version {augment.VERSION}; views cannot be added")
     return AugmentSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name != "version"})

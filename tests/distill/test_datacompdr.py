@@ -21,6 +21,7 @@ from distill import datacompdr_index
 from distill.augment import OPERATIONS, describe
 from distill.datacompdr import PUBLISHED, ImportConfig, import_datacompdr, main, parse_teachers
 from distill.store import Store, open_store
+from distill.views import view
 from mobileclip.checkpoint import build_tokenizer
 from runtime.errors import PairsError, RecipeError, StoreError
 from runtime.pairs import open_pairs
@@ -363,6 +364,28 @@ def test_uids_are_found_in_many_buckets(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- training
+
+
+def test_a_further_teacher_sees_the_published_views(tmp_path, samples):
+    """Knowledge that was published for two teachers is extended by one of one's own, on the same views and captions."""
+    from distill.reinforce import ReinforceConfig, reinforce
+
+    from .tiny_teachers import red
+
+    write_published(tmp_path / "published", samples)
+    write_downloaded(tmp_path / "pairs", samples)
+    before = run(tmp_path)
+    where = {"pairs": str(tmp_path / "pairs"), "store": str(tmp_path / "store"), "workers": 1}
+    reinforce(ReinforceConfig(**where, add_teachers=("tests.distill.tiny_teachers:red",)))
+    store = open_store(tmp_path / "store", verify=True)
+    assert [fact.name for fact in store.teachers] == ["first", "second", "red"]
+    teacher, row = red(), 3
+    views = np.stack([view(samples[row].picture, packed, teacher.image_size) for packed in store.augmentation(np.full(4, row), np.arange(4))])
+    assert np.allclose(store.image_embeddings("red", np.full(4, row), np.arange(4)), teacher.encode_image(views), atol=0.01)
+    assert np.allclose(store.text_embeddings("red", np.full(6, row), np.arange(6)), teacher.encode_text([samples[row].caption, *samples[row].synthetic]), atol=0.01)
+    assert np.array_equal(store.image_embeddings(0, np.arange(20), np.zeros(20, int)), before.image_embeddings(0, np.arange(20), np.zeros(20, int)))
+    with pytest.raises(StoreError, match="drawn by torchvision"):
+        reinforce(ReinforceConfig(**where, teachers=("tests.distill.tiny_teachers:red",), add_augmentations=2))
 
 
 def test_a_student_trains_on_the_imported_store(tmp_path):
