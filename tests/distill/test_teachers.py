@@ -216,3 +216,67 @@ def test_what_a_foreign_teacher_returns_is_checked() -> None:
     for field, value in (("dim", 0), ("logit_scale", -1.0), ("logit_scale", float("nan")), ("name", "")):
         with pytest.raises(StoreError):
             type(teacher.facts)(**{**facts, field: value})
+
+
+def test_what_a_text_or_view_gives_does_not_depend_on_the_others(checkpoint: tuple[ImageTextModel, Path]) -> None:
+    """Bit for bit: alone, beside others, in another place of its micro-batch."""
+    teacher = open_teacher(str(checkpoint[1]))
+    texts = [*TEXTS[:5], *(f"{'word ' * (n % 11)}{n}" for n in range(20))]
+    whole = encode_texts([teacher], texts)[0]
+    order = np.random.default_rng(1).permutation(len(texts))
+    assert (encode_texts([teacher], [texts[n] for n in order])[0] == whole[order]).all()
+    assert (np.concatenate([encode_texts([teacher], [text])[0] for text in texts]) == whole).all()
+    views = np.random.default_rng(0).integers(0, 256, (19, SIZE, SIZE, 3), dtype=np.uint8)
+    seen = encode_views([teacher], {SIZE: views})[0]
+    order = np.random.default_rng(2).permutation(19)
+    assert (encode_views([teacher], {SIZE: views[order]})[0] == seen[order]).all()
+    assert (np.concatenate([encode_views([teacher], {SIZE: views[n : n + 1]})[0] for n in range(19)]) == seen).all()
+
+
+def test_every_call_of_a_teacher_has_its_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teachers.red()
+    calls: list[int] = []
+    image, text = teacher.encode_image, teacher.encode_text
+    monkeypatch.setattr(teacher, "encode_image", lambda rows: calls.append(len(rows)) or image(rows))
+    monkeypatch.setattr(teacher, "encode_text", lambda rows: calls.append(len(rows)) or text(rows))
+    views = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
+    assert np.abs(encode_views([teacher], {32: views})[0] - image(views)).max() < 1e-6
+    assert np.abs(encode_texts([teacher], ["a", "b"])[0] - text(["a", "b"])).max() < 1e-6
+    assert calls == [8, 8, 8]
+    teacher.facts = dataclasses.replace(teacher.facts, micro_batch=5)
+    encode_views([teacher], {32: views})
+    assert calls == [8, 8, 8, 5, 5, 5]
+    assert encode_texts([teacher], [])[0].shape == (0, 8)
+
+
+def test_rows_that_are_no_numbers_are_kept_apart_when_asked() -> None:
+    teacher = tiny_teachers.moody()
+    found = encode_texts([teacher], ["red", "magenta", "blue"], finite=False)[0]
+    assert np.isnan(found[1]).all()
+    assert np.allclose(np.linalg.norm(found[[0, 2]], axis=1), 1)
+    with pytest.raises(StoreError, match="finite: False"):
+        encode_texts([teacher], ["red", "magenta"])
+
+
+def test_another_device_is_used_in_bfloat16_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way a GPU goes, on a device that every machine has; a GPU that is not there is refused."""
+    from distill.teachers import choose_device
+
+    folder = save_checkpoint(calibrated(tiny_config("pad")), tmp_path / "teacher")
+    plain = open_teacher(str(folder))
+    monkeypatch.setattr(teachers, "choose_device", lambda device: "cpu:0")
+    there = open_teacher(str(folder), "cuda")
+    assert (plain.facts.preprocessing["precision"], plain.facts.micro_batch) == ("float32", 8)
+    assert (there.facts.preprocessing["precision"], there.facts.micro_batch) == ("bfloat16", 128)
+    views = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
+    difference = np.abs(plain.encode_image(views) - there.encode_image(views)).max()
+    assert 0 < difference < 0.1
+    assert (plain.encode_text(TEXTS) * there.encode_text(TEXTS)).sum(1).min() > 0.99
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(RecipeError, match="torch sees no GPU here"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == choose_device("cuda") == "cuda:0"
+    assert choose_device("cuda:1") == "cuda:1"
