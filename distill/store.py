@@ -334,4 +334,9 @@ def open_store(path: str | os.PathLike[str], verify: bool = False, max_open: int
         raise StoreError(f"'{folder}' has an unusable teacher ({error}); reinforce again") from None
     if verify:
         verify_store(folder)
-    return Store(folder, index, max_open or min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+    return Store(folder, index, max_open or _files_at_a_time())
+
+
+def _files_at_a_time() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 4096 if limit == resource.RLIM_INFINITY else max(1, min(4096, limit // 2))

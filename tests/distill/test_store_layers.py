@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -256,6 +257,13 @@ def test_a_store_of_more_parts_than_files_may_be_open(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SHORT, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "180"
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(resource.RLIM_INFINITY, 4096), (1 << 20, 4096), (1024, 512), (1, 1)])
+def test_files_at_a_time_follow_the_process_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int, expected: int) -> None:
+    make_store(tmp_path)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    assert open_store(tmp_path)._most_stacks == expected
 
 
 def test_views_stay_valid_after_their_file_is_let_go(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def best_microseconds(read, places: list[tuple[int, int]]) -> float:
-    """Processor time of one call, best of five rounds: what it costs when nobody else is at work."""
+    """Processor time of one call, best of twenty rounds: what it costs when nobody else is at work."""
     rounds = []
-    for _ in range(5):
+    for _ in range(20):
         started = time.thread_time()
         for row, aug in places:
             read(row, aug)
@@ -70,7 +70,7 @@ def best_microseconds(read, places: list[tuple[int, int]]) -> float:
 
 def test_microseconds_a_view(wide: Store) -> None:
     rng = np.random.default_rng(0)
-    places = [(int(row), int(aug)) for row, aug in zip(rng.integers(0, 200, 2000), rng.integers(0, 30, 2000), strict=True)]
+    places = [(int(row), int(aug)) for row, aug in zip(rng.integers(0, 200, 500), rng.integers(0, 30, 500), strict=True)]
     assert best_microseconds(wide.read_view, places) <= 10
     assert best_microseconds(wide.read_view_float, places) <= 20
 
