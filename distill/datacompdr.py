@@ -10,11 +10,13 @@ however often the command was killed; `index.json` is written last. Memory is bo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +25,12 @@ import numpy as np
 import tyro
 
 from distill.augment import VERSION
-from distill.datacompdr_folder import claim, finished, hash_settings, locked_store, worker_pool
 from distill.datacompdr_index import Reinforcements, cut_shards, find_shards, index_shard, join_indices
 from distill.datacompdr_join import CAPTIONER, REASONS, ImportTask, PartDone, ShardSurvey, import_part, survey_shard, tables_of
 from distill.datacompdr_samples import DamagedSampleError, read_sample
+from distill.engines import Engine, EngineName, open_engine, run
+from distill.progress import progress
+from distill.reinforce_state import SETTINGS, WORK, claim, finished, hash_of, locked
 from distill.store import TeacherFacts, read_index
 from distill.store_writing import write_index
 from runtime.errors import PairsError, RecipeError, StoreError
@@ -45,7 +49,6 @@ AUGMENTATION = {
 """How the published views were drawn (apple/ml-mobileclip, training/configs/datacompdr12m.json, torchvision's defaults for the rest)."""
 LISTED = 1000
 """Left-out pairs that index.json names; all are counted."""
-WORK = ".work"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,17 +74,19 @@ class ImportConfig:
     """What becomes of a picture whose sha256 is not the published one."""
     language: str = "en"
     """BCP-47 language of the captions."""
+    engine: EngineName = "local"
+    """local: processes of this machine; ray: a Ray cluster whose nodes see the same folders."""
     workers: int = 2
-    """Processes. The result does not depend on it."""
+    """Processes; 0: this one. The result does not depend on it."""
     part_rows: int = 1024
     """Pairs a part: what a kill can lose per worker, and what a worker holds in memory."""
     json: bool = False
     """Print one JSON object at the end."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.part_rows < 1 or self.augmentations < 0 or self.captions < 0:
+        if self.workers < 0 or self.part_rows < 1 or self.augmentations < 0 or self.captions < 0:
             raise RecipeError(
-                f"workers {self.workers} and part_rows {self.part_rows} must be at least 1, augmentations {self.augmentations} and captions {self.captions} at least 0"
+                f"part_rows {self.part_rows} must be at least 1, workers {self.workers}, augmentations {self.augmentations} and captions {self.captions} at least 0"
             )
         parse_teachers(self.teachers)
 
@@ -139,19 +144,21 @@ def _import(config: ImportConfig) -> dict[str, Any]:
     started = time.monotonic()
     published, shards, folder = find_shards(config.shards), shard_paths(Path(config.pairs)), Path(config.store)
     teachers = parse_teachers(config.teachers)
-    with locked_store(folder), worker_pool(config.workers) as run:
+    _refuse_strangers(folder)
+    with locked(folder), open_engine(config.engine, config.workers, _nothing) as engine:
         work = folder / WORK
         work.mkdir(exist_ok=True)
-        indices = list(run("published shards", index_shard, [(path, work) for path in published]))
-        reinforcements, fingerprint = join_indices(published, indices, work)
-        surveys = list(run("pairs shards", survey_shard, [(path, reinforcements, work / f"found-{n:08d}.npy") for n, path in enumerate(shards)]))
+        indices = _in_order(engine, "published shards", functools.partial(index_shard, work=work.absolute()), published)
+        reinforcements, fingerprint = join_indices(published, indices, work.absolute())
+        look_up = functools.partial(survey_shard, reinforcements=reinforcements)
+        surveys = _in_order(engine, "pairs shards", look_up, [(path, work.absolute() / f"found-{n:08d}.npy") for n, path in enumerate(shards)])
         _refuse_repeated_keys(surveys)
         views = config.augmentations or published_views(reinforcements, teachers)
         settings = _settings(config, teachers, views, fingerprint, surveys)
         claim(folder, settings)
-        if (index := finished(folder, settings)) is None:
-            tasks = _plan(config, surveys, reinforcements, teachers, views, hash_settings(settings))
-            parts = list(run("import", import_part, ((task,) for task in tasks), [task.stop - task.first for task in tasks]))
+        if finished(folder, hash_of(settings)) is None:
+            tasks = _plan(config, surveys, reinforcements, teachers, views, hash_of(settings))
+            parts = _in_order(engine, "import", import_part, tasks, [task.stop - task.first for task in tasks])
             _refuse_strays(folder, tasks)
             index = _index(config, settings, teachers, views, surveys, parts, reinforcements, cut_shards(indices))
             index["figures"] = _figures(index, parts, time.monotonic() - started, config)
@@ -159,6 +166,29 @@ def _import(config: ImportConfig) -> dict[str, Any]:
         reinforcements.close()
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return read_index(folder)
+
+
+def _nothing() -> None:
+    """What a worker needs before its first task."""
+
+
+def _in_order(engine: Engine, title: str, function: Callable[[Any], Any], tasks: list[Any], sizes: list[int] | None = None) -> list[Any]:
+    """The answer of each task, in the order of the tasks, with progress in `sizes` (pairs) or tasks."""
+    place = {id(task): n for n, task in enumerate(tasks)}
+    answers: list[Any] = [None] * len(tasks)
+    sizes, done = sizes or [1] * len(tasks), 0
+    with progress(title, sum(sizes)) as advance:
+        for task, answer in run(engine, function, tasks):
+            n = place[id(task)]
+            answers[n], done = answer, done + sizes[n]
+            advance(done, "")
+    return answers
+
+
+def _refuse_strangers(folder: Path) -> None:
+    strangers = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
+    if strangers and SETTINGS not in strangers:
+        raise StoreError(f"'{folder}' is no store but holds {', '.join(strangers[:3])}; give a new or an empty folder")
 
 
 def published_views(reinforcements: Reinforcements, teachers: list[TeacherFacts], asked: int = 16) -> int:
@@ -244,7 +274,7 @@ def _index(
         seen[found[found >= 0]] = True
     used = int(seen.sum())
     reach = counts.pop("reach", 0.0) / rows
-    tables, fingerprint = tables_of(config.captioner, config.language), hash_settings(settings)
+    tables, fingerprint = tables_of(config.captioner, config.language), hash_of(settings)
     captioner = {"name": config.captioner, "source": "DataCompDR", "licence": LICENCE}
     layer = {
         "number": 0, "kind": "rows", "views": [0, views], "teachers": list(range(len(teachers))), "settings_sha256": fingerprint, "augmentation": AUGMENTATION,

@@ -216,8 +216,8 @@ def join_indices(shards: Sequence[Path], indices: Sequence[Path], work: Path) ->
     folder = work / f"uids-{fingerprint.hexdigest()[:24]}"
     if not folder.is_dir():
         bits = max(0, (max(1, total) - 1) // BUCKET).bit_length()
-        half = work / f".uids-{os.getpid()}"
-        shutil.rmtree(half, ignore_errors=True)
+        half = work / "half-uids"
+        shutil.rmtree(half, ignore_errors=True)  # of a run that was killed
         half.mkdir()
         _split(indices, half, bits)
         sizes, different = [], 0

@@ -100,8 +100,13 @@ def _pairs(shard: Path) -> Pairs:
     return _OPEN[shard]
 
 
-def survey_shard(shard: Path, reinforcements: Reinforcements, found: Path) -> ShardSurvey:
-    """Hash a pairs shard, look up its uids and write what they found. Raises PairsError when it is no sound tar."""
+def survey_shard(task: tuple[Path, Path], reinforcements: Reinforcements) -> ShardSurvey:
+    """Hash a pairs shard, look up its uids and write what they found. task: the shard, the file for what is found.
+
+    Raises:
+        PairsError: it is no sound tar.
+    """
+    shard, found = task
     samples, rejected, _ = index_shard(shard, strict=False)
     uids = [uid_of(_pairs(shard), row) for row in range(len(samples))]
     save_array(found, reinforcements.find(uids))

@@ -201,13 +201,13 @@ def interleaved(readers: dict[str, tuple[Iterator[Callable[[], Any]], int]], rou
 
 
 def import_figures(count: int = 2000, kinds: tuple[str, ...] = ("npz", "bf16_gzip")) -> dict[str, Any]:
-    """Samples a second of `mclip import-datacompdr` with one worker at 30 + 6, and bytes a sample before (whole tars) and after."""
+    """Samples a second of `mclip import-datacompdr` in one process at 30 + 6, and bytes a sample before (whole tars) and after."""
     figures: dict[str, Any] = {}
     for kind in kinds:
         with tempfile.TemporaryDirectory() as scratch:
             root = Path(scratch)
             before = _write_published(root, make_samples(count, 30, 6), kind)
-            index = import_datacompdr(ImportConfig(shards=str(root / "published"), pairs=str(root / "pairs"), store=str(root / "store"), workers=1))
+            index = import_datacompdr(ImportConfig(shards=str(root / "published"), pairs=str(root / "pairs"), store=str(root / "store"), workers=0))
             figures |= {
                 f"import_samples_per_second_{kind}": index["figures"]["samples_per_second"], f"import_bytes_before_{kind}": round(before / count, 1),
                 f"import_bytes_after_{kind}": round(store_bytes(root / "store") / count, 1),

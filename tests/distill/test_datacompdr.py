@@ -35,7 +35,7 @@ def samples() -> list[Sample]:
 
 
 def run(root: Path, store: str = "store", **changes) -> Store:
-    base = ImportConfig(shards=str(root / "published"), pairs=str(root / "pairs"), store=str(root / store), teachers=TEACHERS, workers=1, part_rows=3)
+    base = ImportConfig(shards=str(root / "published"), pairs=str(root / "pairs"), store=str(root / store), teachers=TEACHERS, workers=0, part_rows=3)
     import_datacompdr(dataclasses.replace(base, **changes))
     return open_store(root / store, verify=True)
 
@@ -191,7 +191,7 @@ def test_pictures_of_a_size_nobody_tells_are_suspected(tmp_path, samples, capsys
     write_published(tmp_path / "published", samples)
     write_tar(tmp_path / "pairs" / "0.tar", pairs)
     argv = [str(tmp_path / name) for name in ("published", "pairs", "store")]
-    assert main([*argv, "--teachers", *TEACHERS, "--workers", "1"]) == 0
+    assert main([*argv, "--teachers", *TEACHERS, "--workers", "0"]) == 0
     said = capsys.readouterr()
     assert "reach over 33 % of the pictures" in said.err
     assert "20 of 20 pairs x 4 views" in said.out
@@ -261,7 +261,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, kills):
     write_downloaded(tmp_path / "pairs", samples, per_shard=50)
     run(tmp_path, store="straight", part_rows=4)
     argv = [sys.executable, "-m", "distill.datacompdr", *(str(tmp_path / name) for name in ("published", "pairs", "store"))]
-    argv += ["--teachers", *TEACHERS, "--workers", "1", "--part-rows", "4"]
+    argv += ["--teachers", *TEACHERS, "--workers", "0", "--part-rows", "4"]
     rng, killed = np.random.default_rng(5), 0
     for _ in range(kills):
         process = subprocess.Popen(argv, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, env={**os.environ, "MCLIP_PROGRESS": "0"})
