@@ -7,8 +7,10 @@ distill/order.py. Resuming at sample n therefore needs the number n and nothing 
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,6 +113,7 @@ class ReinforcedPairs:
         self.unreadable: dict[str, str] = {}
         self.unreadable_count = 0
         self._lock = threading.Lock()
+        self._buffers = _Buffers()
 
     def _choose_rows(self, keep: KeepList | None) -> None:
         there = self._pair_row >= 0
@@ -147,7 +150,11 @@ class ReinforcedPairs:
     def batch(self, first: int, size: int, pictures: bool = True) -> Batch:
         """The samples that `samples` names, whole."""
         samples = self.samples(first, size)
-        return self.finish(samples, self.pixels(samples) if pictures else None)
+        if not pictures:
+            return self.finish(samples, None)
+        pixels = self.empty_pixels(len(samples))
+        self.fill(samples, 0, len(samples), pixels)
+        return self.finish(samples, pixels)
 
     def finish(self, samples: Samples, pixels: np.ndarray | None) -> Batch:
         """What a batch holds besides its pixels, and the batch. pixels None: only texts are asked for."""
@@ -160,42 +167,47 @@ class ReinforcedPairs:
             teacher_texts=tuple(self.store.text_embeddings(k, samples.rows, samples.captions) for k in self.teachers),
         )  # fmt: skip
 
-    def pixels(self, samples: Samples, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """float32 (n, 3, S, S), normalised: the views of samples start to stop."""
-        rows, augs = samples.rows[start:stop], samples.augs[start:stop]
-        side = self.config.image_size
+    def empty_pixels(self, count: int) -> np.ndarray:
+        """float32 (count, 3, S, S) of any content, for `fill`."""
+        return self._buffers.take((count, 3, self.config.image_size, self.config.image_size))
+
+    def fill(self, samples: Samples, start: int, stop: int, pixels: np.ndarray) -> None:
+        """Write the views of samples start to stop into their places of pixels (B, 3, S, S), float32, normalised."""
+        stop = min(stop, len(samples))
+        rows, augs, out = samples.rows[start:stop], samples.augs[start:stop], pixels[start:stop]
         if not self._cached:
-            return normalise(self._replay(rows, augs), self.config)
+            for n, view in self._replay(rows, augs):
+                normalise(view[None], self.config, out[n : n + 1])
+            return
         places = self._place[rows] + augs
         missing = np.flatnonzero(~self._filled[places])
-        views = np.empty((len(rows), side, side, 3), np.uint8)
         if len(missing) < len(rows):
-            np.take(self._views, places, axis=0, out=views, mode="clip")
-        if len(missing):
-            views[missing] = self._replay(rows[missing], augs[missing], places[missing])
-        return normalise(views, self.config)
+            normalise(self._views[places], self.config, out)
+        for n, view in self._replay(rows[missing], augs[missing], places[missing]):
+            normalise(view[None], self.config, out[missing[n] : missing[n] + 1])
 
     def view(self, row: int, aug: int) -> np.ndarray:
         """uint8 (S, S, 3): the picture of a row of the store, replayed."""
-        return self._replay(np.array([row]), np.array([aug]))[0]
+        return next(view for _, view in self._replay(np.array([row]), np.array([aug])))
 
-    def _replay(self, rows: np.ndarray, augs: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
-        """uint8 (n, S, S, 3); with `places` views are kept there. A picture that no longer decodes is grey, and counted."""
+    def _replay(self, rows: np.ndarray, augs: np.ndarray, places: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and view, uint8 (S, S, 3), of each; with `places` views are kept there. A picture that no longer decodes is grey, and counted."""
         side = self.config.image_size
-        views = np.empty((len(rows), side, side, 3), np.uint8)
+        if not len(rows):
+            return
         for n, (row, packed) in enumerate(zip(rows.tolist(), self.store.augmentation(rows, augs), strict=True)):
             try:
                 with self._lock:  # the pairs keep a list of the shards they used last
                     data = self.pairs.image_bytes(int(self._pair_row[row]))
-                views[n] = open_picture(data).view(packed, side)
+                view = open_picture(data).view(packed, side)
             except ImageError as error:
                 self._note(self.store.keys[row], error)
-                views[n] = 128
+                yield n, np.full((side, side, 3), 128, np.uint8)
                 continue
             if places is not None:
-                self._views[places[n]] = views[n]
+                self._views[places[n]] = view
                 self._filled[places[n]] = True
-        return views
+            yield n, view
 
     def _note(self, key: str, error: ImageError) -> None:
         with self._lock:
@@ -203,6 +215,30 @@ class ReinforcedPairs:
             if key not in self.unreadable and len(self.unreadable) < UNREADABLE_NAMED:
                 self.unreadable[key] = str(error)
                 logger.warning("sample '%s': %s", key, error)
+
+
+class _Buffers:
+    """Float32 memory of batches that nobody holds any more, used again: fresh pages are cleared by the system first, which takes as long as
+    normalising. A block that any array, slice or tensor still refers to is left alone."""
+
+    def __init__(self, kept: int = 8) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._kept, self._lock = kept, threading.Lock()
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array (shape) of any content."""
+        size = math.prod(shape)
+        with self._lock:
+            for n in range(len(self._blocks)):
+                if sys.getrefcount(self._blocks[n]) == _UNUSED and len(self._blocks[n]) == size:
+                    return self._blocks[n].reshape(shape)
+            block = np.empty(size, np.float32)
+            self._blocks = [*self._blocks[-self._kept + 1 :], block]
+            return block.reshape(shape)
+
+
+_UNUSED = sys.getrefcount([np.empty(0)][0])
+"""References that Python counts for an array that only a list holds."""
 
 
 def _join(pairs: Pairs, store: Store) -> np.ndarray:

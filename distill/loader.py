@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from distill.dataset import Batch, ReinforcedPairs
 
 SLICE = 16
@@ -71,10 +69,6 @@ def _start(pool: ThreadPoolExecutor, data: ReinforcedPairs, request: Request) ->
         failed: Future[Batch] = Future()
         failed.set_exception(error)
         return failed
-    side = data.config.image_size
-    pixels = np.empty((len(samples), 3, side, side), np.float32)
-
-    def draw(start: int) -> None:
-        pixels[start : start + SLICE] = data.pixels(samples, start, start + SLICE)
-
-    return _Pending([pool.submit(draw, start) for start in range(0, len(samples), SLICE)], pool.submit(data.finish, samples, pixels))
+    pixels = data.empty_pixels(len(samples))
+    slices = [pool.submit(data.fill, samples, start, start + SLICE, pixels) for start in range(0, len(samples), SLICE)]
+    return _Pending(slices, pool.submit(data.finish, samples, pixels))

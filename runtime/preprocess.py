@@ -145,9 +145,10 @@ def resize_and_crop(image: Image.Image, config: PreprocessConfig) -> Image.Image
     return image.crop((left, top, left + config.image_size, top + config.image_size))
 
 
-def normalise(pixels: np.ndarray, config: PreprocessConfig) -> np.ndarray:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W): `(x / 255 - mean) / std`, every step in float32 as torchvision."""
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+def normalise(pixels: np.ndarray, config: PreprocessConfig, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W): `(x / 255 - mean) / std`, every step in float32 as torchvision. out: written to, if given."""
+    planes = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32) if out is None else out
+    np.copyto(planes, np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     planes /= np.float32(255)
     if any(config.mean):
         planes -= np.array(config.mean, np.float32)[:, None, None]

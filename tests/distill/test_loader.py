@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distill import dataset as dataset_module
 from distill.augment import apply
@@ -234,7 +235,7 @@ def test_an_error_comes_at_its_batch_and_ends_the_threads(world, straight, monke
         if bad in rows:
             raise StoreError("this row is damaged")
         time.sleep(0.01)
-        return real(self, rows, augs, places)
+        yield from real(self, rows, augs, places)
 
     monkeypatch.setattr(dataset_module.ReinforcedPairs, "_replay", failing)
     batches = load(data, requests(0, 12), threads)
@@ -279,6 +280,19 @@ def test_no_more_than_asked_for_is_made_ahead(world, monkeypatch):
         time.sleep(0.05)
         assert len(started) == n + 4
     batches.close()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_memory_is_used_again_but_never_while_anybody_holds_it(world, straight, threads):
+    batches, kept, blocks = load(make(world), requests(0, 400, size=10), threads), [], set()
+    for n, batch in enumerate(batches):
+        blocks.add(batch.pixels.ctypes.data)
+        if n in (0, 5, 9):  # held as an array, as a slice of it, as a tensor
+            kept.append({0: batch.pixels, 5: batch.pixels[3:7, 1], 9: torch.from_numpy(batch.pixels)}[n])
+    assert len(blocks) < 20
+    np.testing.assert_array_equal(kept[0], straight[0].pixels)
+    np.testing.assert_array_equal(kept[1], straight[5].pixels[3:7, 1])
+    np.testing.assert_array_equal(kept[2].numpy(), straight[9].pixels)
 
 
 def test_tokens_are_forgotten_when_there_are_too_many_and_stay_the_same(world):
