@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from distill.pilot_arms import Arm, Ground, distillation_of
+from distill.pilot_arms import Arm, Ground, Measure, distillation_of
 from distill.pilot_costs import measure_bytes, measure_seconds, teacher_seconds
 from distill.pilot_report import report, table
 from distill.pilot_search import Factors, Search
@@ -161,11 +161,12 @@ def pilot(config: PilotConfig) -> dict[str, Any]:
         seconds, sizes = measure_seconds(config.teachers, names, chosen_pairs, out / "costs.json"), measure_bytes(out / "store")
         ground = Ground(
             out=out, base=base, validation=validation, model=model.name, samples=samples, first_seed=config.seed, threads=config.threads,
-            direction=config.direction, split=config.split, k=config.k, keep_weights=config.keep_weights,
+            keep_weights=config.keep_weights,
         )  # fmt: skip
         factors, by_type = _factors(config, base, store, {name: teacher_seconds(name, seconds) for name in names})
         search = Search(
-            ground=ground, factors=factors, seeds=config.seeds, confidence=config.confidence, tolerance=config.tolerance, say=say,
+            ground=ground, factors=factors, measure=Measure(direction=config.direction, split=config.split, k=config.k),
+            seeds=config.seeds, confidence=config.confidence, tolerance=config.tolerance, say=say,
             spent=float(index["figures"].get("seconds", 0.0)), budget_seconds=None if config.budget_minutes is None else 60 * config.budget_minutes,
         )  # fmt: skip
         start = Arm(
@@ -216,10 +217,11 @@ def _reinforcement(config: PilotConfig, out: Path) -> ReinforceConfig:
 
 
 def _settings(config: PilotConfig, base: Recipe, keys: list[str], validation_keys: list[str], samples: int) -> dict[str, Any]:
-    """Everything that decides what a pilot finds."""
-    free = ("out", "budget_minutes", "workers", "threads", "keep_weights", "json", "full_pairs", "confidence", "tolerance", "fraction", "pairs", "samples")
-    facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    facts["base"], facts["samples"] = dataclasses.asdict(base), samples
+    """Everything that decides what a run finds. What is tried, and by which measure it is decided, may change from call to call: a pilot can
+    be given more seeds, values or time."""
+    deciding = ("source", "teachers", "validation", "captions", "templates", "language", "model", "dtype", "seed")
+    facts: dict[str, Any] = {name: getattr(config, name) for name in deciding}
+    facts |= {"augmentations": max(config.augmentations), "recipe": dataclasses.asdict(base), "samples": samples}
     facts["keys_sha256"], facts["validation_keys_sha256"] = _hash(keys), _hash(validation_keys)
     settings: dict[str, Any] = json.loads(json.dumps(facts))
     return settings

@@ -94,9 +94,6 @@ class Ground:
     samples: int
     first_seed: int
     threads: int
-    direction: Literal["text_to_image", "image_to_text"]
-    split: str
-    k: int
     keep_weights: bool
     _pictures: dict[PreprocessConfig, Gallery | None] = field(default_factory=dict)
 
@@ -112,7 +109,8 @@ class Ground:
         """Train and evaluate, or read what an earlier call found. A run that was interrupted goes on from its last saved state.
 
         Returns:
-            JSON-ready {"seed", "hits" (0 and 1 a query), "queries_sha256", "recalls", "cosine", "train_seconds", "evaluate_seconds"}.
+            JSON-ready {"seed", "ranks" ({direction: {split: [of each query]}}), "recalls", "gallery", "cosine", "train_seconds", "evaluate_seconds",
+            "core_seconds" (processor time of both, of the last call)}.
         """
         if (found := self.result(arm, number)) is not None:
             return found
@@ -121,6 +119,7 @@ class Ground:
         recipe = folder.parent / "recipe.json"
         write_json(recipe, dataclasses.asdict(arm.recipe(self.base)))
         write_json(folder.parent / "arm.json", dataclasses.asdict(arm))
+        began = time.process_time()
         train(TrainConfig(
             pairs=str(self.out / "pairs"), store=str(self.out / "store"), out=str(folder), recipe=str(recipe), model=self.model, samples=self.samples,
             seed=self.first_seed + number, threads=self.threads,
@@ -129,6 +128,7 @@ class Ground:
         found = {"seed": self.first_seed + number, **self._evaluate(folder), "cosine": cosine(folder)}
         found["train_seconds"] = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))["figures"]["seconds"]
         found["evaluate_seconds"] = round(time.monotonic() - started, 2)
+        found["core_seconds"] = round(time.process_time() - began, 2)
         write_json(folder / RESULT, found)
         if not self.keep_weights:
             (folder / "model.safetensors").unlink()
@@ -136,16 +136,12 @@ class Ground:
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         encoder = TorchEncoder(load_checkpoint(folder), open_tokenizer(folder))
-        found = retrieval(encoder, self.validation, ks=sorted({1, 5, 10, self.k}), gallery=self._gallery(encoder))
-        if self.split not in found["ranks"][self.direction]:
-            raise RecipeError(f"the validation pairs have no split '{self.split}'; they have {', '.join(found['ranks'][self.direction])}")
-        ranks = np.array(found["ranks"][self.direction][self.split])
+        found = retrieval(encoder, self.validation, gallery=self._gallery(encoder))
         recalls = {
             direction: {split: {name: round(cell["value"], 6) for name, cell in row.items() if name.startswith("recall@")} for split, row in found[direction].items()}
             for direction in ("text_to_image", "image_to_text")
         }
-        asked = "\n".join(found["queries"][self.direction][self.split])
-        return {"hits": (ranks <= self.k).astype(int).tolist(), "queries_sha256": hashlib.sha256(asked.encode()).hexdigest(), "recalls": recalls}
+        return {"ranks": found["ranks"], "recalls": recalls, "gallery": found["gallery"]}
 
     def _gallery(self, encoder: TorchEncoder) -> Gallery:
         if encoder.config not in self._pictures:
@@ -169,6 +165,23 @@ class _Resized:
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """What decides: recall@k of one direction, over one split of the validation pairs."""
+
+    direction: Literal["text_to_image", "image_to_text"]
+    split: str
+    k: int
+
+    def hits(self, run: dict[str, Any]) -> np.ndarray:
+        """(Q,) booleans of one run: which queries it answered."""
+        return np.array(run["ranks"][self.direction][self.split]) <= self.k
+
+    def chance(self, run: dict[str, Any]) -> float:
+        """What a blind guess reaches, where each query has one right answer."""
+        return min(1.0, self.k / int(run["gallery"]["count" if self.direction == "text_to_image" else "texts"]))
 
 
 def cosine(folder: Path) -> float | None:

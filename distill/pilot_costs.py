@@ -3,7 +3,8 @@
     seconds = N (decode + V (draw + sum of teachers' view) + C (sum of text trunks' caption))
     bytes   = N (row + V (parameters + sum of teachers' view) + C (caption + sum of teachers' text))
 
-N = pairs, V = views a picture, C = captions a pair. Seconds are of one core, or of the device that a teacher names.
+N = pairs, V = views a picture, C = captions a pair. Seconds are of one core (processor time, so that other work on the machine does not
+count), or of the device that a teacher names.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,39 +82,44 @@ def _draw(pictures: Sequence[bytes], sizes: Sequence[int]) -> tuple[dict[int, np
     decode: list[float] = []
     draw: dict[int, list[float]] = {size: [] for size in sizes}
     for data in pictures:
-        started = time.perf_counter()
+        started = time.process_time()
         picture = open_picture(data)
         parameters = sample_parameters(rng, AugmentSpec(), picture.size)
         picture.view(parameters, sizes[0])  # decoding may wait for the first view
-        first = time.perf_counter() - started
+        first = time.process_time() - started
         for size in sizes:
-            started = time.perf_counter()
+            started = time.process_time()
             views[size].append(picture.view(parameters, size))
-            draw[size].append(time.perf_counter() - started)
+            draw[size].append(time.process_time() - started)
         decode.append(max(0.0, first - draw[sizes[0]][-1]))
     return {size: np.stack(made) for size, made in views.items()}, float(np.median(decode)), {str(size): float(np.median(draw[size])) for size in sizes}
 
 
+def _clock(teacher: Teacher) -> Callable[[], float]:
+    """Processor time for a teacher on the processor, time on the wall for one on another device."""
+    return time.process_time if str(getattr(teacher, "device", "cpu")) == "cpu" else time.perf_counter
+
+
 def _view_seconds(teacher: Teacher, views: np.ndarray) -> float:
-    batch = views[np.arange(BATCH) % len(views)]
+    batch, clock = views[np.arange(BATCH) % len(views)], _clock(teacher)
     teacher.encode_image(batch)  # the first call also compiles and allocates
-    calls, began = list[float](), time.perf_counter()
-    while len(calls) < 3 or time.perf_counter() - began < MEASURED_SECONDS:
-        started = time.perf_counter()
+    calls = list[float]()
+    while len(calls) < 3 or sum(calls) < MEASURED_SECONDS:
+        started = clock()
         teacher.encode_image(batch)
-        calls.append(time.perf_counter() - started)
+        calls.append(max(clock() - started, 1e-9))
     return float(np.median(calls)) / BATCH
 
 
 def _text_seconds(teacher: Teacher, captions: Sequence[str]) -> float:
     """Every call has other texts: teachers may remember their last answers."""
+    clock = _clock(teacher)
     teacher.encode_text([f"{caption}." for caption in captions[:BATCH]])
-    chunks = [list(captions[n : n + BATCH]) for n in range(0, len(captions), BATCH)]
-    calls = []
-    for chunk in chunks:
-        started = time.perf_counter()
+    calls = list[float]()
+    for n in range(0, len(captions), BATCH):
+        chunk, started = list(captions[n : n + BATCH]), clock()
         teacher.encode_text(chunk)
-        calls.append((time.perf_counter() - started) / len(chunk))
+        calls.append((clock() - started) / len(chunk))
         if sum(calls) * BATCH > MEASURED_SECONDS and len(calls) >= 3:
             break
     return float(np.median(calls))

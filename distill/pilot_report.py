@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.pilot_arms import Arm
+from distill.pilot_arms import Arm, Measure
 from distill.pilot_costs import FORMULA_BYTES, FORMULA_SECONDS, Setting, cost
 from distill.pilot_decisions import crossed_interval
 from distill.pilot_search import CONTROL, Search
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 WIDTH = 160
+LEARNT = 0.05
+"""Of what lies between chance and 1: students that reach less have not learnt enough to be told apart."""
 
 
 def report(
@@ -36,18 +38,23 @@ def report(
     captions = captions_stored(chosen.captions, dict(by_type))
     largest = cost(Setting(teachers=start.teachers, augmentations=start.augmentations, captions=sum(by_type.values())), seconds, sizes, full)
     smallest = cost(Setting(teachers=chosen.teachers, augmentations=chosen.augmentations, captions=captions), seconds, sizes, full)
+    measure = search.measure
     runs = [run for _, found in search.arms.values() for run in found]
     own = {
         "reinforcement_seconds": index["figures"].get("seconds"), "training_seconds": round(sum(run["train_seconds"] for run in runs), 1),
         "evaluation_seconds": round(sum(run["evaluate_seconds"] for run in runs), 1), "runs": len(runs), "samples_seen": len(runs) * search.ground.samples,
         "bytes": subset["bytes"] + sum(entry["bytes"] for entry in store.index["parts"]),
     }  # fmt: skip
+    reinforcing = index["figures"].get("worker_cpu_seconds", {})
+    own["core_seconds"] = round(sum(reinforcing.values()) + sum(run["core_seconds"] for run in runs), 1)
     own["seconds"] = round(sum(float(own[name] or 0) for name in ("reinforcement_seconds", "training_seconds", "evaluation_seconds")), 1)
     return {
         "schema": SCHEMA, "kind": "pilot", "complete": not search.exhausted,
         "measure": f"{config.direction} recall@{config.k}, split {config.split}", "confidence": config.confidence,
-        "subset": subset, "queries": len(runs[0]["hits"]) if runs else 0, "model": search.ground.model, "samples": search.ground.samples, "seeds": config.seeds,
-        "decisions": search.decisions, "arms": {name: _arm(arm, found, config.confidence) for name, (arm, found) in search.arms.items()},
+        "subset": subset,
+        "queries": len(measure.hits(runs[0])) if runs else 0, "chance": measure.chance(runs[0]) if runs else None,
+        "model": search.ground.model, "samples": search.ground.samples, "seeds": config.seeds,
+        "decisions": search.decisions, "arms": {name: _arm(arm, found, measure, config.confidence) for name, (arm, found) in search.arms.items()},
         "start": start.identity, "chosen": chosen.identity, "setting": {**dataclasses.asdict(chosen), "captions": dict(chosen.captions)},
         "costs": {
             "measured": {"seconds": seconds, "bytes": sizes}, "formula_seconds": FORMULA_SECONDS, "formula_bytes": FORMULA_BYTES,
@@ -57,13 +64,13 @@ def report(
     }  # fmt: skip
 
 
-def _arm(arm: Arm, runs: Sequence[dict[str, Any]], confidence: float) -> dict[str, Any]:
-    hits = np.array([run["hits"] for run in runs], float)
+def _arm(arm: Arm, runs: Sequence[dict[str, Any]], measure: Measure, confidence: float) -> dict[str, Any]:
+    hits = np.stack([measure.hits(run) for run in runs])
     low, high = crossed_interval(hits, confidence)
-    kept = ("seed", "recalls", "cosine", "train_seconds", "evaluate_seconds")
+    kept = ("seed", "recalls", "cosine", "train_seconds", "evaluate_seconds", "core_seconds")
     return {
         **dataclasses.asdict(arm), "captions": dict(arm.captions), "recall": {"value": float(hits.mean()), "low": max(low, 0.0), "high": min(high, 1.0)},
-        "seeds": [{**{name: run[name] for name in kept}, "recall": float(np.mean(run["hits"]))} for run in runs],
+        "seeds": [{**{name: run[name] for name in kept}, "recall": float(measure.hits(run).mean())} for run in runs],
     }  # fmt: skip
 
 
@@ -113,7 +120,7 @@ def table(found: dict[str, Any]) -> str:
     subset, costs = found["subset"], found["costs"]
     console.print(
         f"{subset['pairs']:,} of {subset['of']:,} pairs, student {found['model']}, {found['samples']:,} samples a run, {found['seeds']} seeds; "
-        f"{found['measure']} of {found['queries']:,} queries"
+        f"{found['measure']} of {found['queries']:,} queries, by chance {found['chance'] or 0:.4f}"
     )
     console.print(arms)
     for decision in found["decisions"]:
@@ -174,7 +181,7 @@ def _own(costs: Mapping[str, Any]) -> str:
     own = costs["pilot"]
     return (
         f"this pilot: {own['seconds'] / 3600:.2f} hours ({own['reinforcement_seconds'] or 0:.0f} s reinforcing, {own['training_seconds']:.0f} s in {own['runs']} training runs, "
-        f"{own['evaluation_seconds']:.0f} s evaluating), {own['bytes'] / 1e9:.3f} GB"
+        f"{own['evaluation_seconds']:.0f} s evaluating), {own['core_seconds'] / 3600:.2f} core hours, {own['bytes'] / 1e9:.3f} GB"
     )
 
 
@@ -182,6 +189,9 @@ def _next(found: Mapping[str, Any]) -> list[str]:
     lines = [found["commands"]["reinforce"], found["commands"]["train"]]
     if not found["complete"]:
         lines.insert(0, "the budget ended before all was decided: the same command with a larger --budget-minutes goes on")
+    best = max((arm["recall"]["value"] for arm in found["arms"].values()), default=1.0)
+    if found["chance"] is not None and best - found["chance"] < LEARNT * (1 - found["chance"]):
+        lines.insert(0, f"warning: the best student's recall is {best:.4f}, by chance {found['chance']:.4f}: too near to tell arms apart; more --samples or a larger --k")
     control = next((decision for decision in found["decisions"] if decision["factor"] == CONTROL and decision["decided"]), None)
     if control is not None and control["gain"]["low"] <= 0:
         lines.insert(0, "warning: " + control["reason"] + "; give more --pairs, --samples or --seeds before you spend the rest")

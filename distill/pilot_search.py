@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.pilot_arms import Arm, Ground
+from distill.pilot_arms import Arm, Ground, Measure
 from distill.pilot_decisions import Candidate, Verdict, behind, crossed_interval, decide, smallest_visible
 
 Option = tuple[Candidate, Arm]
@@ -44,6 +44,7 @@ class Search:
     """A search that is going on."""
 
     ground: Ground
+    measure: Measure
     factors: Factors
     seeds: int
     confidence: float
@@ -212,7 +213,7 @@ class Search:
         if done is None:
             left = (at_most - 1) * self._typical_seconds()
             self.say(
-                f"{factor}: {candidate.name}, seed {found['seed']}: recall@{self.ground.k} {np.mean(found['hits']):.4f} in {time.monotonic() - started:.0f} s; "
+                f"{factor}: {candidate.name}, seed {found['seed']}: recall@{self.measure.k} {self.measure.hits(found).mean():.4f} in {time.monotonic() - started:.0f} s; "
                 f"at most {at_most - 1} runs and {left:.0f} s to go"
             )
 
@@ -226,7 +227,7 @@ class Search:
             raise BudgetSpent
 
     def _hits(self, arm: Arm) -> np.ndarray:
-        return np.array([one["hits"] for one in self.arms[arm.identity][1]], bool)
+        return np.stack([self.measure.hits(one) for one in self.arms[arm.identity][1]])
 
     def _mean_cosine(self, arm: Arm) -> float | None:
         known = [one["cosine"] for one in self.arms[arm.identity][1] if one["cosine"] is not None]
