@@ -342,6 +342,26 @@ def _affine(view: Image.Image, matrix: tuple[float, float, float, float, float, 
     return view.transform(view.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=FILL)
 
 
+def _smooth(view: Image.Image) -> Image.Image:
+    """What `ImageEnhance.Sharpness` moves away from, in integers and a third of its time: 3 x 3 pixels in the mean, the middle one five times;
+    the border as it is. Equal to Pillow's floats, since no sum of whole numbers over 13 lies near a half."""
+    if min(view.size) < 3:
+        return view
+    pixels = np.asarray(view).reshape(view.height, view.width * 3)
+    values = pixels.astype(np.uint16)
+    rows = values[:-2] + values[1:-1]
+    rows += values[2:]
+    total = rows[:, :-6] + rows[:, 3:-3]
+    total += rows[:, 6:]
+    total += values[1:-1, 3:-3] << 2
+    total <<= 1
+    total += 13
+    total //= 26
+    out = pixels.copy()
+    out[1:-1, 3:-3] = total
+    return Image.fromarray(out.reshape(view.height, view.width, 3))
+
+
 _APPLY: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Identity": lambda view, m: view,
     # shears turn about the centre, so that their translation part scales with the view
@@ -353,7 +373,7 @@ _APPLY: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Brightness": lambda view, m: ImageEnhance.Brightness(view).enhance(1 + m),
     "Color": lambda view, m: ImageEnhance.Color(view).enhance(1 + m),
     "Contrast": lambda view, m: ImageEnhance.Contrast(view).enhance(1 + m),
-    "Sharpness": lambda view, m: ImageEnhance.Sharpness(view).enhance(1 + m),
+    "Sharpness": lambda view, m: Image.blend(_smooth(view), view, 1 + m),
     "Posterize": lambda view, m: ImageOps.posterize(view, int(m)),
     "Solarize": lambda view, m: ImageOps.solarize(view, int(m)),
     "AutoContrast": lambda view, m: ImageOps.autocontrast(view),

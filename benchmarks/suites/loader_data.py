@@ -4,8 +4,9 @@ One set of tar shards serves both sides: `KEY.jpg`, `KEY.txt`, `KEY.json` with `
 and `KEY.npz` (30 + 6 vectors of 2 x 768, float32), as the publisher's join script leaves them. Our side reads pictures and captions from the
 same shards and the rest from the store that `mclip import-datacompdr` makes of them, so both sides show the same views.
 
-The published way follows apple/ml-mobileclip, training/open_clip_v2.patch (`preprocess_dr`, `get_wds_dataset`) and training/dr/transforms.py,
-written anew on webdataset and torchvision.
+The published way follows apple/ml-mobileclip, training/open_clip_v2.patch (`preprocess_dr`, `get_wds_dataset`, with
+--dataset-reinforcement-mix-synthetic, which shows one caption a sample as we do) and training/dr/transforms.py step by step, written anew on
+webdataset and torchvision: pictures decoded to RGBA and converted, the whole npz decoded, the own and one synthetic caption tokenised.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from runtime.pairs import write_shard
 VIEWS, CAPTIONS, DIM = 30, 6, 1536
 VIEW = 224
 """Size that the published translations count in."""
+MIXED = 5 / 6
+"""Share of the synthetic captions: all six alike, as on our side."""
 PER_SHARD = 64
 QUALITY = 85
 """Gives 71 kB a picture of 512 px; DataComp-12M has about 70 kB (0.9 TB in 12.8 M samples, MobileCLIP, section 4)."""
@@ -124,7 +127,7 @@ def published_batches(
 
     pipeline = wds.DataPipeline(
         wds.SimpleShardList([str(path) for path in sorted((folder / "published").glob("*.tar"))], seed=seed), wds.split_by_worker, wds.tarfile_to_samples(),
-        wds.shuffle(shuffle, initial=shuffle // 2), wds.decode("pilrgb"), wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.shuffle(shuffle, initial=shuffle // 2), wds.decode("pilrgba"), wds.rename(image="jpg;png;jpeg;webp", text="txt"),
         wds.map(_Replay(size, mean, std, open_clip.get_tokenizer("ViT-B-16"), seed)), wds.to_tuple("image", "text", "image_emb", "text_emb"),
         wds.batched(batch, partial=False),
     ).repeat()  # fmt: skip
@@ -145,12 +148,16 @@ class _Replay:
 
         views = sample["paug.json"]["param_aug"]
         view = int(self.rng.integers(len(views)))
-        texts = [sample["text"], *sample["syn.json"]["syn_text"]]
-        text = int(self.rng.integers(len(texts)))
+        synthetic = sample["syn.json"]["syn_text"]
+        chosen = int(self.rng.integers(len(synthetic)))
+        own_tokens, other_tokens = self.tokenizer(sample["text"])[0], self.tokenizer(synthetic[chosen])[0]
         vectors = sample["npz"]
+        image_vectors, text_vectors = vectors["image_emb"], vectors["text_emb"]
+        own_vector, other_vector = (torch.tensor(text_vectors[n]).type(torch.float32) for n in (0, 1 + chosen))
+        mixed = self.rng.random() < MIXED
         return {
-            "image": self.normalise(replay(sample["image"].convert("RGB"), views[view], self.size)), "text": self.tokenizer(texts[text])[0],
-            "image_emb": torch.tensor(vectors["image_emb"][view]), "text_emb": torch.tensor(vectors["text_emb"][text]),
+            "image": self.normalise(replay(sample["image"].convert("RGB"), views[view], self.size)), "text": other_tokens if mixed else own_tokens,
+            "image_emb": torch.tensor(image_vectors[view]).type(torch.float32), "text_emb": other_vector if mixed else own_vector,
         }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -212,6 +212,15 @@ def test_operations_equal_torchvision(name: str, magnitude: float, reference) ->
     tolerance = 1 if name.startswith(("Rotate", "Shear", "Translate")) else 0
     assert np.abs(ours - theirs).max() <= tolerance
     assert not np.array_equal(ours, np.asarray(view)) or name in ("AutoContrast",)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(-32767, 32767), st.integers(0, 2**32))
+def test_sharpness_is_pillows_at_every_size(width: int, height: int, magnitude: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    view = Image.fromarray(rng.choice(np.array([0, 1, 127, 254, 255, rng.integers(256)], np.uint8), (height, width, 3)))
+    factor = magnitude / 32767
+    np.testing.assert_array_equal(np.asarray(augment.apply_operation(view, "Sharpness", factor)), np.asarray(ImageEnhance.Sharpness(view).enhance(1 + factor)))
 
 
 def test_whole_crop_without_operations_is_a_resize() -> None:
