@@ -267,6 +267,7 @@ def _index(
         raise PairsError(
             f"none of the {pairs} pairs of '{config.pairs}' has a usable reinforcement; "
             + (f"the first: '{skipped[0]['key']}', {skipped[0]['reason']}" if skipped else "they are empty")
+            + ("; if they were resized after the download, import with --changed keep" if counts["changed image"] else "")
         )
     seen = np.zeros(len(reinforcements), bool)
     for survey in surveys:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,9 @@ class _Joined:
     """A pair and its reinforcement: `slot` is its place among the vectors, filled before the rest is known."""
 
     slot: int
-    views: np.ndarray | None = None
-    captions: list[Caption] | None = None
-    texts: list[np.ndarray] | None = None
+    views: np.ndarray = field(default_factory=lambda: np.zeros((0, PACKED_BYTES), np.uint8))
+    captions: list[Caption] = field(default_factory=list)
+    texts: list[np.ndarray] = field(default_factory=list)
 
 
 def _join(task: ImportTask, pairs: Pairs, row: int, number: int, out: _Joined, images: list[np.ndarray], counts: Counter[str]) -> None:
@@ -235,11 +235,11 @@ def _views(task: ImportTask, sample: PublishedSample, data: bytes, meta: dict[st
 def _rows(task: ImportTask, pairs: Pairs, joined: dict[int, _Joined], images: list[np.ndarray]) -> PartRows:
     order = sorted(joined)
     rows = [joined[n] for n in order]
-    captions = [row.captions or [] for row in rows]
+    captions = [row.captions for row in rows]
     width = max(map(len, captions), default=0)
     texts = [np.zeros((len(rows), width, dim), np.float32) for dim in task.dims]
     for place, row in enumerate(rows):
-        for t, vectors in enumerate(row.texts or []):
+        for t, vectors in enumerate(row.texts):
             texts[t][place, : len(vectors)] = vectors
     slots = [row.slot for row in rows]
     if len(slots) != len(images[0]):

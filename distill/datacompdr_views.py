@@ -116,10 +116,10 @@ def seen_size(meta: Mapping[str, Any], found: tuple[int, int]) -> tuple[int, int
     Raises:
         DoesNotFitError: the stored picture is no even scaling of the downloaded one (cropped, padded or squeezed).
     """
-    given = tuple(meta.get(f"original_{name}") for name in ("height", "width"))
-    if not all(type(value) is int and 0 < value < 1 << 20 for value in given):
+    height, width = meta.get("original_height"), meta.get("original_width")
+    if type(height) is not int or type(width) is not int or not 0 < min(height, width) <= max(height, width) < 1 << 20:
         return found
-    (height, width), factor = given, max(found) / max(given)
+    factor = max(found) / max(height, width)
     if abs(height * factor - found[0]) > 1 or abs(width * factor - found[1]) > 1:
         raise DoesNotFitError(f"the picture was {width} x {height} px and is {found[1]} x {found[0]} px now, which is no even scaling")
     return height, width

@@ -201,14 +201,16 @@ def interleaved(readers: dict[str, tuple[Iterator[Callable[[], Any]], int]], rou
 
 
 def import_figures(count: int = 2000, kinds: tuple[str, ...] = ("npz", "bf16_gzip")) -> dict[str, Any]:
-    """Samples a second of `mclip import-datacompdr` in one process at 30 + 6, and bytes a sample before (whole tars) and after."""
+    """Processor milliseconds a sample and samples a second of `mclip import-datacompdr` in one process at 30 + 6, and bytes a sample before (whole tars) and after."""
     figures: dict[str, Any] = {}
     for kind in kinds:
         with tempfile.TemporaryDirectory() as scratch:
             root = Path(scratch)
             before = _write_published(root, make_samples(count, 30, 6), kind)
+            started = time.process_time()
             index = import_datacompdr(ImportConfig(shards=str(root / "published"), pairs=str(root / "pairs"), store=str(root / "store"), workers=0))
             figures |= {
+                f"import_cpu_milliseconds_{kind}": round(1000 * (time.process_time() - started) / count, 3),
                 f"import_samples_per_second_{kind}": index["figures"]["samples_per_second"], f"import_bytes_before_{kind}": round(before / count, 1),
                 f"import_bytes_after_{kind}": round(store_bytes(root / "store") / count, 1),
             }  # fmt: skip

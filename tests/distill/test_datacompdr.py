@@ -254,6 +254,16 @@ def test_the_bytes_depend_neither_on_workers_nor_on_what_was_there(tmp_path, sam
     assert store.index["figures"]["pairs_found_done"] > 0
 
 
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_bytes(tmp_path, samples):
+    pytest.importorskip("ray")
+    write_published(tmp_path / "published", samples, kind="pth.gz")
+    write_downloaded(tmp_path / "pairs", samples)
+    run(tmp_path)
+    run(tmp_path, store="ray", engine="ray", workers=2)
+    assert hashes(tmp_path / "ray") == hashes(tmp_path / "store")
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, kills):
     samples = make_samples(40 * kills + 80)
@@ -315,6 +325,9 @@ def test_nothing_to_import_says_why(tmp_path, samples):
     write_published(tmp_path / "published", samples[10:])
     with pytest.raises(PairsError, match="none of the 4 pairs.*not in the published shards"):
         run(tmp_path)
+    write_tar(tmp_path / "pairs" / "00000.tar", [downloaded(n, samples[n], sha256="0" * 64) for n in range(10, 14)])
+    with pytest.raises(PairsError, match="changed image: .*import with --changed keep"):
+        run(tmp_path, store="changed")
     with pytest.raises(StoreError, match="20 values a vector, the teachers 512"):
         run(tmp_path, store="other", teachers=("one:512:100:x",))
 
