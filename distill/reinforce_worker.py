@@ -129,7 +129,7 @@ def _stashed(path: Path, stamp: dict[str, str]) -> ShardScan | None:
     return None if part is None else ShardScan(**json.loads(part.metadata["facts"]), key_hashes=part.get("key_hashes").view(np.uint64).copy())
 
 
-TEXTS_PER_FILE = 256
+TEXTS_PER_FILE = 512
 """Texts a file of the work folder."""
 
 

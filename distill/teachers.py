@@ -25,7 +25,7 @@ from runtime.errors import CheckpointError, MissingExtraError, RecipeError, Stor
 from runtime.preprocess import PreprocessConfig, normalise, preprocess
 
 _ANSWERS: dict[tuple[str, str], np.ndarray] = {}
-TEXT_WIDTHS = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+TEXT_WIDTHS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 """Tokens at which a text is cut when it is no longer; the shapes a tower meets are these and its context."""
 KEPT_ANSWERS = 64
 """Calls of `text_features` that are remembered; evaluation asks for 256 texts at once."""
