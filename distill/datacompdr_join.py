@@ -107,6 +107,7 @@ def survey_shard(task: tuple[Path, Path], reinforcements: Reinforcements) -> Sha
         PairsError: it is no sound tar.
     """
     shard, found = task
+    _OPEN.pop(shard, None)  # a former import of this process may have read what lay there then
     samples, rejected, _ = index_shard(shard, strict=False)
     uids = [uid_of(_pairs(shard), row) for row in range(len(samples))]
     save_array(found, reinforcements.find(uids))
