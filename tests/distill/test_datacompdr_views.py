@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -14,10 +15,12 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from distill import augment
-from distill.augment import OPERATIONS
+from distill.augment import OPERATIONS, Parameters
 from distill.datacompdr_samples import DamagedSampleError
 from distill.datacompdr_views import DoesNotFitError, header_of, pack_operation, pack_views, seen_size
 from distill.views import view
+
+from .test_augment import parameters
 
 SIZE = 224
 SPACE = RandAugment()._augmentation_space(31, (SIZE, SIZE))
@@ -129,6 +132,15 @@ def test_a_shear_about_the_centre_would_not_do() -> None:
     packed[0] &= ~64
     ours, theirs = np.asarray(augment.apply(image, bytes(packed), SIZE)), drawn_by_torchvision(image, box, [(1, 0.09)])
     assert np.abs(ours.astype(int) - theirs).mean() > 20
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(parameters(), st.sampled_from([(1, 1), (1, 40), (61, 97), (200, 3)]), st.sampled_from([1, 7, 32]))
+def test_every_storable_view_can_be_drawn_as_torchvision_does(value: Parameters, source: tuple[int, int], size: int) -> None:
+    packed = augment.pack(dataclasses.replace(value, torchvision=True))
+    assert augment.unpack(packed) == dataclasses.replace(value, torchvision=True)
+    drawn = augment.apply(picture(*source), packed, size)
+    assert (drawn.size, drawn.mode) == ((size, size), "RGB")
 
 
 def test_solarize_keeps_a_fractional_threshold() -> None:
