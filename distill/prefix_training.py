@@ -60,12 +60,12 @@ class CaptionerConfig:
     """Checkpoint folder to write; one that was interrupted is continued."""
     teacher: tuple[str, ...]
     """One or several teachers: checkpoint folders, open_clip:NAME[/PRETRAINED], or module:function."""
-    steps: int = 500
+    steps: int = 800
     batch_size: int = 256
     learning_rate: float = 2e-3
     noise: float = 1.2
     """Length of the noise that is added to an embedding of length 1."""
-    scale: float = 40.0
+    scale: float = 60.0
     """Sharpness with which a picture's embedding picks captions, as a multiple of the cosine."""
     remembered: int = 8192
     """Different captions that are kept to be picked from, the most frequent first."""
