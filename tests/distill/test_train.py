@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from safetensors.torch import load_file
 from distill import train as train_module
 from distill import training_step as step_module
 from distill.dataset import ReinforcedPairs
+from distill.keep_list import write_keep_list
 from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.schedule import learning_rate
 from distill.store import open_store
 from distill.train import TrainConfig, train
 from distill.training_state import Average
-from distill.training_step import encode_texts
+from distill.training_step import Followed, encode_texts, follow
 from mobileclip import create_model
 from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer
 from mobileclip.presets import PRESETS
@@ -210,7 +212,10 @@ def test_damaged_state_and_missing_inputs_are_one_sentence(world, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "cannot be read"), ('{"lr": 1}', r"\['lr'\]"), ("[]", "no object"), ('{"batch_size": 1}', "batch_size 1"), ('{"contrastive": 0}', "must be above 0"),
-     ('{"learning_rate": "x"}', "wrong type")],
+     ('{"learning_rate": "x"}', "wrong type"), ('{"caption_mix": {"invented": 1}}', "names the type invented; known are raw"), ('{"caption_mix": {"raw": -1}}', "raw -1"),
+     ('{"caption_mix": {"raw": "a"}}', "raw a"), ('{"caption_mix": ["raw"]}', "expected an object of types and shares"), ('{"teachers": "t0"}', "different names"),
+     ('{"teachers": ["t0", "t0"]}', "different names"), ('{"logit_scales": [0]}', "above 0"), ('{"teachers": ["t0"], "logit_scales": [1, 2]}', "one number per teacher"),
+     ('{"max_augmentations": -1}', "at least 0"), ('{"shuffle_shards": -2}', "at least 0"), ('{"teachers": 3}', "wrong type")],
 )  # fmt: skip
 def test_bad_recipe_files(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
@@ -301,6 +306,57 @@ def test_the_command_line_knows_the_variations(world, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "out").config.name == "pocket_s+32px+pad+1024tokens+16wide"
     with pytest.raises(SystemExit):
         main([*argv, "--mask", "none"])
+    capsys.readouterr()
+
+
+def test_a_run_follows_some_teachers_with_other_scales(world, tmp_path):
+    store, recipe = open_store(world / "store"), RECIPES["reinforced"]()
+    assert follow(store, recipe) == Followed(numbers=(0, 1), logit_scales=(20.0, 20.0))
+    assert follow(store, dataclasses.replace(recipe, teachers=("t1",))) == Followed(numbers=(1,), logit_scales=(20.0,))
+    assert follow(store, dataclasses.replace(recipe, teachers=("t1", "t0"), logit_scales=(30, 7.5))) == Followed(numbers=(1, 0), logit_scales=(30.0, 7.5))
+    assert follow(store, RECIPES["plain"]()) == Followed(numbers=(), logit_scales=())
+    with pytest.raises(RecipeError, match="follows the teacher t9; the store has t0, t1"):
+        train(config(world, tmp_path / "out", teachers=("t9",)))
+    with pytest.raises(RecipeError, match=r"has 1 logit_scales for 2 teachers \(t0, t1\)"):
+        train(config(world, tmp_path / "out", logit_scales=(5.0,)))
+    assert not (tmp_path / "out").exists()
+
+
+def losses_of(out: Path) -> list[dict[str, float]]:
+    return [line["loss_terms"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["phase"] == "pairs"]
+
+
+def test_every_setting_of_the_data_reaches_the_run_and_its_fingerprint(world, straight, tmp_path):
+    keys = open_store(world / "store").keys
+    write_keep_list(tmp_path / "keep.txt", keys[:40], {})
+    write_keep_list(tmp_path / "keep2.txt", keys[:41], {})
+    whole = losses_of(world / "straight")
+    changes = {"caption_mix": {"raw": 1.0}, "teachers": ("t1",), "logit_scales": (35.0, 5.0), "max_augmentations": 1, "keep": str(tmp_path / "keep.txt")}
+    for name, value in changes.items():
+        out = train(config(world, tmp_path / name, samples=32, **{name: value}))
+        assert losses_of(out)[0] != whole[0], name
+        with pytest.raises(TrainingError, match="trained with other settings"):
+            train(config(world, out, samples=32))
+    figures = json.loads((tmp_path / "keep" / "receipt.json").read_text())["figures"]
+    assert (figures["pairs"], figures["dropped"], figures["missing"], figures["unreadable_count"]) == (40, 8, 0, 0)
+    with pytest.raises(TrainingError, match="trained with other settings"):
+        train(config(world, tmp_path / "keep", samples=32, keep=str(tmp_path / "keep2.txt")))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_threads_of_the_loader_change_no_weight(world, straight, tmp_path, threads):
+    train(config(world, tmp_path / "out", prefetch_threads=threads))
+    assert same(straight, load_file(tmp_path / "out" / "model.safetensors"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_the_command_line_knows_the_data_settings(world, tmp_path, capsys):
+    argv = ["--pairs", str(world / "pairs"), "--store", str(world / "store"), "--out", str(tmp_path / "out"), "--recipe", str(world / "recipe.json"), "--samples", "16"]
+    more = ["--caption-mix", "raw", "0.3", "template", "0.7", "--teachers", "t1", "t0", "--logit-scales", "10", "20.5", "--max-augmentations", "1", "--prefetch-threads", "2"]
+    assert train_module.main([*argv, *more]) == 0
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert receipt["recipe"]["caption_mix"] == {"raw": 0.3, "template": 0.7}
+    assert (receipt["recipe"]["teachers"], receipt["recipe"]["logit_scales"], receipt["recipe"]["max_augmentations"]) == (["t1", "t0"], [10.0, 20.5], 1)
     capsys.readouterr()
 
 
