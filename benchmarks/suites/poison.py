@@ -60,6 +60,8 @@ class PoisonConfig:
     batch_size: int | None = None
     keep_fraction: float = 0.7
     """What the defence keeps: chosen beforehand, as a curator does who knows of no attack."""
+    controls: bool = True
+    """Train a student of each recipe on the clean pairs alone, too."""
     at_once: int = 2
     """Students trained side by side."""
     seed: int = 0
@@ -97,14 +99,17 @@ def run_poison(config: PoisonConfig) -> tuple[dict[str, Any], str]:
     stages = Stages(out, lambda line: _say(f"[poison] {line}"))
     _plant(config, place, out, stages)
     figures = _lists(config, place, out)
-    arms = _arms(config)
+    arms, measured = _arms(config), {}
     for first in range(0, len(arms), config.at_once):
         some = arms[first : first + config.at_once]
         stages.run(
             f"train-{'-'.join(arm.name for arm in some)}", [_train(config, place, out, arm) for arm in some],
             inputs=[out / "store/index.json", *(_list(out, arm.share, arm.defended) for arm in some)], outputs=[out / "ckpt" / arm.name / "receipt.json" for arm in some],
         )  # fmt: skip
-    measured = {arm.name: _measured(out / f"measured/{arm.name}.json", [out / "ckpt" / arm.name], config, place) for arm in arms}
+        measured |= {arm.name: _measured(out / f"measured/{arm.name}.json", [out / "ckpt" / arm.name], config, place) for arm in some}
+        for arm in some:
+            found = measured[arm.name]
+            _say(f"[poison] {arm.name}: the best label is the target for {found['attack_top1_patched']:.3f} of patched, {found['attack_top1_unpatched']:.3f} of unpatched pictures")
     measured["teachers"] = _measured(out / "measured/teachers.json", [place.teacher(name) for name in TEACHERS], config, place)
     for name, found in measured.items():
         figures |= {f"{name}_{figure}": value for figure, value in found.items()}
@@ -114,7 +119,7 @@ def run_poison(config: PoisonConfig) -> tuple[dict[str, Any], str]:
 
 def _claim(out: Path, config: PoisonConfig) -> None:
     """Make the folder, or check that it holds an audit with the same settings."""
-    facts = json.loads(json.dumps({name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "at_once")}))
+    facts = json.loads(json.dumps({name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "at_once", "controls")}))
     path = out / "poison.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
         raise StageError(f"'{out}' holds an audit with other settings; choose another --out or remove the folder")
@@ -213,8 +218,11 @@ def _separation(low: list[float], high: list[float]) -> float:
 
 def _arms(config: PoisonConfig) -> list[Arm]:
     shares = {"plain": config.shares, "reinforced": config.reinforced_shares}
-    arms = [Arm(recipe=recipe, share=share, defended=defended) for recipe in shares for share in shares[recipe] for defended in (False, True)]
-    return [Arm(recipe=recipe, share=0.0, defended=False) for recipe in shares if shares[recipe]] + arms
+    arms = []
+    for recipe, some in shares.items():
+        arms += [Arm(recipe=recipe, share=share, defended=defended) for share in sorted(some, reverse=True) for defended in (False, True)]
+        arms += [Arm(recipe=recipe, share=0.0, defended=False)] if some and config.controls else []
+    return arms
 
 
 def _train(config: PoisonConfig, place: Layout, out: Path, arm: Arm) -> list[str]:

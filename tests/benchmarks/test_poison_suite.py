@@ -93,7 +93,7 @@ def test_separation_is_the_area_under_the_curve() -> None:
 
 def test_arms_and_their_names() -> None:
     arms = poison._arms(PoisonConfig())
-    assert [arm.name for arm in arms[:2]] == ["plain_0pct_before", "reinforced_0pct_before"]
+    assert [arm.name for arm in arms[:2]] == ["plain_2pct_before", "plain_2pct_after"]
     assert len({arm.name for arm in arms}) == len(arms) == 10
     assert Arm(recipe="plain", share=0.005, defended=True).name == "plain_0_5pct_after"
 
