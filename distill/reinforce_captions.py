@@ -81,23 +81,29 @@ def caption_facts(path: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _open_part(path: str) -> Any:
+def _open_part(path: str, state: int) -> Any:
     return open_captions(path)
+
+
+def _state(path: Path) -> int:
+    """Changes when the file does, so that a process does not answer from what it read before."""
+    file = path / "receipt.json" if path.is_dir() else path
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _open(path: str, shard: str) -> Any:
     """The file of this shard where a folder has one (its hash checked against the receipt), else all of it."""
     own = Path(path) / f"{shard}.jsonl"
     if not own.is_file():
-        return _open_part(path)
-    receipt = _receipt(path)
-    found = _open_part(str(own))
+        return _open_part(path, _state(Path(path)))
+    receipt = _receipt(path, _state(Path(path)))
+    found = _open_part(str(own), _state(own))
     if (expected := receipt.get(own.name)) != found.facts["sha256"]:
         raise PairsError(f"{own} has changed since it was written: its sha256 is {found.facts['sha256'][:16]}…, the receipt says {str(expected)[:16]}…; caption again")
     return found
 
 
 @lru_cache(maxsize=4)
-def _receipt(path: str) -> dict[str, str]:
+def _receipt(path: str, state: int) -> dict[str, str]:
     data = json.loads((Path(path) / "receipt.json").read_text(encoding="utf-8"))
     return {name: facts["sha256"] for name, facts in data["files"].items()}

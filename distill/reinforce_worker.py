@@ -215,7 +215,7 @@ def stable(reason: str, place: ShardPlace) -> str:
 
 def enumerate_nan(texts: dict[int, list[np.ndarray]]) -> list[tuple[int, int]]:
     """(place, teacher) of every place where a teacher's text vectors are not all finite."""
-    bad = {}
+    bad: dict[int, int] = {}
     for place, vectors in texts.items():
         for t, vector in enumerate(vectors):
             if not np.isfinite(vector).all():
