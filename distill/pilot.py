@@ -99,6 +99,8 @@ class PilotConfig:
     """No run is begun that would end later, all calls together; factors that are left keep what was set."""
     workers: int = 2
     """Processes of the reinforcement."""
+    device: str = "auto"
+    """Where teachers of torch run: cpu, cuda, cuda:1 …, or auto: the GPU where there is one."""
     threads: int = 1
     """Torch threads of a training run."""
     seed: int = 0
@@ -158,7 +160,7 @@ def pilot(config: PilotConfig) -> dict[str, Any]:
         store, chosen_pairs = open_store(out / "store"), open_pairs(out / "pairs")
         names = [facts.name for facts in store.teachers]
         say("measuring the teachers")
-        seconds, sizes = measure_seconds(config.teachers, names, chosen_pairs, out / "costs.json"), measure_bytes(out / "store")
+        seconds, sizes = measure_seconds(config.teachers, names, chosen_pairs, out / "costs.json", config.device), measure_bytes(out / "store")
         ground = Ground(
             out=out, base=base, validation=validation, model=model.name, samples=samples, first_seed=config.seed, threads=config.threads,
             keep_weights=config.keep_weights,
@@ -209,7 +211,7 @@ def _reinforcement(config: PilotConfig, out: Path) -> ReinforceConfig:
     more: dict[str, Any] = {} if config.captions is None else {"captions": config.captions}
     return ReinforceConfig(
         pairs=str(out / "pairs"), store=str(out / "store"), teachers=config.teachers, augmentations=max(config.augmentations), templates=config.templates,
-        language=config.language, dtype=config.dtype, seed=config.seed, workers=config.workers, **more,
+        language=config.language, dtype=config.dtype, seed=config.seed, workers=config.workers, device=config.device, **more,
     )  # fmt: skip
 
 

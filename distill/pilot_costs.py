@@ -9,6 +9,7 @@ count), or of the device that a teacher names.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 from distill.augment import AugmentSpec, sample_parameters
 from distill.ensemble import Teacher, open_teacher
 from distill.store import open_store
+from distill.teachers import TorchTeacher, choose_device
 from distill.views import open_picture
 from runtime.files import write_json
 from runtime.pairs import Pairs
@@ -44,8 +46,11 @@ class Setting:
     captions: float
 
 
-def measure_seconds(specs: Sequence[str], names: Sequence[str], pairs: Pairs, path: Path) -> dict[str, Any]:
+def measure_seconds(specs: Sequence[str], names: Sequence[str], pairs: Pairs, path: Path, device: str = "cpu") -> dict[str, Any]:
     """Seconds of every stage on the first pictures and captions of `pairs`, in this process with one thread; kept in `path`.
+
+    Args:
+        specs, names: the teachers as they are given, and as the store names them. device: where those of torch run.
 
     Returns:
         JSON-ready {"device", "decode", "draw" (per size of a view), "teachers": {name: {"device", "image_size", "view", "text", "trunk"}}}.
@@ -56,21 +61,24 @@ def measure_seconds(specs: Sequence[str], names: Sequence[str], pairs: Pairs, pa
         return found
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    teachers = [open_teacher(spec) for spec in specs]
+    device = choose_device(device)
+    teachers = [open_teacher(spec, device) for spec in specs]
+    places = [device if isinstance(teacher, TorchTeacher) else str(getattr(teacher, "device", "cpu")) for teacher in teachers]
     chosen = range(min(PICTURES, len(pairs)))
     captions = list(dict.fromkeys(pairs.caption(row) for row in range(min(8 * BATCH, len(pairs)))))
     views, decode, draw = _draw([pairs.image_bytes(row) for row in chosen], sorted({teacher.image_size for teacher in teachers}))
     facts: dict[str, dict[str, Any]] = {}
     trunks: dict[str, float] = {}
-    for name, teacher in zip(names, teachers, strict=True):
-        trunk = getattr(teacher, "text_trunk", name)
+    for name, teacher, place in zip(names, teachers, places, strict=True):
+        trunk = hashlib.sha256(getattr(teacher, "text_trunk", name).encode()).hexdigest()[:16]
+        clock = time.process_time if place == "cpu" else time.perf_counter
         if trunk not in trunks:
-            trunks[trunk] = _text_seconds(teacher, captions)
+            trunks[trunk] = _text_seconds(teacher, captions, clock)
         facts[name] = {
-            "device": str(getattr(teacher, "device", "cpu")), "image_size": teacher.image_size, "trunk": trunk,
-            "view": _view_seconds(teacher, views[teacher.image_size]), "text": trunks[trunk],
+            "device": place, "image_size": teacher.image_size, "trunk": trunk, "view": _view_seconds(teacher, views[teacher.image_size], clock), "text": trunks[trunk],
         }  # fmt: skip
-    found = {"device": f"one core of {processor()}", "decode": decode, "draw": draw, "teachers": facts}
+    others = sorted({_device_name(place) for place in places if place != "cpu"})
+    found = {"device": f"one core of {processor()}" + (f", teachers on {', '.join(others)}" if others else ""), "decode": decode, "draw": draw, "teachers": facts}
     write_json(path, found)
     return found
 
@@ -95,13 +103,15 @@ def _draw(pictures: Sequence[bytes], sizes: Sequence[int]) -> tuple[dict[int, np
     return {size: np.stack(made) for size, made in views.items()}, float(np.median(decode)), {str(size): float(np.median(draw[size])) for size in sizes}
 
 
-def _clock(teacher: Teacher) -> Callable[[], float]:
-    """Processor time for a teacher on the processor, time on the wall for one on another device."""
-    return time.process_time if str(getattr(teacher, "device", "cpu")) == "cpu" else time.perf_counter
+def _device_name(place: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(place) if place.startswith("cuda") else place
 
 
-def _view_seconds(teacher: Teacher, views: np.ndarray) -> float:
-    batch, clock = views[np.arange(BATCH) % len(views)], _clock(teacher)
+def _view_seconds(teacher: Teacher, views: np.ndarray, clock: Callable[[], float]) -> float:
+    """clock: processor time for a teacher on the processor, time on the wall for one on another device."""
+    batch = views[np.arange(BATCH) % len(views)]
     teacher.encode_image(batch)  # the first call also compiles and allocates
     calls = list[float]()
     while len(calls) < 3 or sum(calls) < MEASURED_SECONDS:
@@ -111,9 +121,8 @@ def _view_seconds(teacher: Teacher, views: np.ndarray) -> float:
     return float(np.median(calls)) / BATCH
 
 
-def _text_seconds(teacher: Teacher, captions: Sequence[str]) -> float:
+def _text_seconds(teacher: Teacher, captions: Sequence[str], clock: Callable[[], float]) -> float:
     """Every call has other texts: teachers may remember their last answers."""
-    clock = _clock(teacher)
     teacher.encode_text([f"{caption}." for caption in captions[:BATCH]])
     calls = list[float]()
     for n in range(0, len(captions), BATCH):

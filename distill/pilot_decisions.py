@@ -97,7 +97,7 @@ def decide(candidates: Sequence[Candidate], hits: Mapping[str, np.ndarray], conf
         rows[one.name]["open"] = not rows[one.name]["behind"] and recall[best.name] - recall[one.name] > tolerance * recall[best.name]
     fit = [one for one in candidates if not rows[one.name]["behind"] and not rows[one.name]["open"]]
     chosen = min(fit, key=lambda one: (one.cost, not one.kept, -recall[one.name]))
-    return Verdict(chosen=chosen.name, best=best.name, reason=_reason(chosen, best, fit, rows), level=level, rows=list(rows.values()))
+    return Verdict(chosen=chosen.name, best=best.name, reason=_reason(chosen, best, candidates, rows), level=level, rows=list(rows.values()))
 
 
 def behind(best: np.ndarray, other: np.ndarray, level: float, seed: int = 0) -> bool:
@@ -112,15 +112,15 @@ def _against(best: np.ndarray, other: np.ndarray, level: float, seed: int) -> di
     return {"behind_by": {"value": float(difference.mean()), "low": low, "high": high}, "seeds": len(other), "behind": low > 0}
 
 
-def _reason(chosen: Candidate, best: Candidate, fit: Sequence[Candidate], rows: Mapping[str, dict[str, Any]]) -> str:
+def _reason(chosen: Candidate, best: Candidate, candidates: Sequence[Candidate], rows: Mapping[str, dict[str, Any]]) -> str:
     if len(rows) == 1:
         return "the only candidate"
-    unclear = [name for name, row in rows.items() if row["open"]]
+    unclear = [one.name for one in candidates if rows[one.name]["open"] and one.cost <= chosen.cost]
     more = f"; open, for want of seeds or pairs: {', '.join(unclear)}" if unclear else ""
     if chosen.name != best.name:
         why = "the cheaper one is kept" if chosen.cost < best.cost else "what was set is kept"
         return f"no difference from the best ({best.name}) seen: behind by {_gap(rows[chosen.name])}; {why}{more}"
-    if len(fit) > 1:
+    if any(not row["behind"] and not row["open"] for name, row in rows.items() if name != best.name):
         return f"the highest recall, and none that does not differ from it is cheaper{more}"
     nearest = min((row for row in rows.values() if row["name"] != best.name), key=lambda row: row["behind_by"]["value"])
     return f"the highest recall; the nearest ({nearest['name']}) is behind by {_gap(nearest)}{more}"

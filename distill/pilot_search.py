@@ -140,11 +140,13 @@ class Search:
         if hits is None:
             return
         common = min(len(found) for found in hits.values())
-        gain = hits["chosen"][:common].astype(float) - hits[CONTROL][:common]
+        chosen, without = hits["chosen"][:common].astype(float), hits[CONTROL][:common].astype(float)
+        gain = chosen - without
         low, high = crossed_interval(gain, self.confidence)
         shown = "the teachers help" if low > 0 else "the teachers do harm" if high < 0 else "this pilot does not show that the teachers help"
+        figures = f"recall {chosen.mean():.4f} with them, {without.mean():.4f} without, difference {gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
         self.decisions.append({
-            "factor": CONTROL, "decided": True, "chosen": "chosen", "reason": f"{shown}: chosen - {CONTROL} = {gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]",
+            "factor": CONTROL, "decided": True, "chosen": "chosen", "reason": f"{shown}: {figures}",
             "gain": {"value": float(gain.mean()), "low": low, "high": high}, "candidates": [], "arms": {name: one.identity for name, one in _arms(options).items()},
         })  # fmt: skip
 

@@ -334,6 +334,30 @@ def test_the_highest_cosine_can_belong_to_a_teacher_that_says_little(world, tmp_
     assert "cosine to the teacher would have chosen warm: recall" in table(found)
 
 
+@pytest.mark.slow
+def test_every_factor_is_tried_and_more_seeds_go_on(world, tmp_path):
+    """Scales, λ and captions made elsewhere; then the same pilot with a second seed."""
+    with open(tmp_path / "made.jsonl", "w") as file:
+        for key in open_pairs(world / "pairs").keys:
+            file.write(json.dumps({"key": key, "captions": [{"text": f"something like {key[:2]}"}]}) + "\n")
+    wide = config(
+        world, tmp_path / "out", captions=str(tmp_path / "made.jsonl"), templates=("drawing",), scales=(2.0,), distillation=(0.5,), seeds=1, augmentations=(1, 2), samples=160,
+    )  # fmt: skip
+    first = pilot(wide)
+    tried = {one["factor"]: {row["name"] for row in one["candidates"]} for one in first["decisions"]}
+    assert tried["captions"] == {"any stored", "raw", "half raw, half template", "half raw, half synthetic"}
+    assert tried["λ"] == {"0.5", f"{distillation_of(load_recipe(wide.recipe)):g}"}
+    assert {"10", "20"} in [names for factor, names in tried.items() if factor.startswith("logit scale of")]
+    assert first["costs"]["largest"]["captions"] == 3
+    hits = {name: [run["recall"] for run in arm["seeds"]] for name, arm in first["arms"].items()}
+    second = pilot(dataclasses.replace(wide, seeds=2))
+    start = second["arms"][first["start"]]
+    assert [run["seed"] for run in start["seeds"]] == [0, 1]
+    assert start["seeds"][0]["recall"] == hits[first["start"]][0]
+    words = shlex.split(second["commands"]["reinforce"])
+    assert ("--captions" in words) == (not second["setting"]["captions"] or "synthetic" in second["setting"]["captions"])
+
+
 def test_costs_foretell_the_size_of_the_store_that_is_chosen(world, done, tmp_path):
     chosen = done["costs"]["chosen"]
     index = reinforce(ReinforceConfig(
