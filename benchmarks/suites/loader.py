@@ -23,7 +23,8 @@ import tyro
 
 from benchmarks.environment import environment
 from benchmarks.measure import Plan, compare, interleave
-from benchmarks.suites.loader_data import make_data, published_batches, replay
+from benchmarks.suites.loader_data import VIEW, make_data, published_batches, replay
+from distill.augment import OPERATIONS
 from distill.dataset import Batch, ReinforcedPairs
 from distill.loader import Request, load
 from distill.recipes import RECIPES
@@ -91,11 +92,17 @@ def check_sides(folder: Path, size: int, samples: int = 24) -> float:
             views = json.loads(shard.extractfile(f"{key}.paug.json").read())["param_aug"]  # type: ignore[union-attr]
             picture = decode_image(data.pairs.image_bytes(int(data.store.pair_rows[row])))
             for view in range(0, len(views), 7):
-                theirs = np.asarray(replay(picture, views[view], size), np.float32)
+                theirs = np.asarray(replay(picture, _translated_for(views[view], size), size), np.float32)
                 worst = max(worst, float(np.abs(theirs - data.view(row, view).astype(np.float32)).mean()))
     if worst > 6:  # equalising and posterising make much of small differences
         raise LoaderBenchError(f"a view of the two sides differs by {worst:.1f} grey levels in the mean; they do not show the same pictures")
     return worst
+
+
+def _translated_for(parameters: list[Any], size: int) -> list[Any]:
+    """Published translations count pixels of a 224-pixel view. The published way leaves them so at any size, ours keeps the geometry."""
+    box, operations = parameters
+    return [box, [[index, int(magnitude) * size / VIEW if OPERATIONS[int(index)].startswith("Translate") else magnitude] for index, magnitude in operations]]
 
 
 def loader_ratio(folder: Path, size: int = 224, threads: int = 0, batch: int = 32, rounds: int = 20) -> dict[str, float]:
