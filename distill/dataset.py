@@ -27,6 +27,8 @@ from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 1024
+"""Samples whose place in the order is drawn at once."""
 UNREADABLE_NAMED = 100
 """Pictures that no longer decode are all counted; so many are named."""
 
@@ -113,6 +115,7 @@ class ReinforcedPairs:
         self.unreadable: dict[str, str] = {}
         self.unreadable_count = 0
         self._lock = threading.Lock()
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._buffers = _Buffers()
 
     def _choose_rows(self, keep: KeepList | None) -> None:
@@ -142,10 +145,23 @@ class ReinforcedPairs:
         if size % self.world:
             raise TrainingError(f"a batch of {size} cannot be shared by {self.world} processes; choose a batch_size that is a multiple of it")
         share = size // self.world
-        places, epochs = self.order.rows(first + self.rank * share, share)
-        rows = self.rows[places]
-        augs = (uniform(self.seed, epochs, VIEWS, rows) * self._n_augs[rows]).astype(np.int64)
-        return Samples(rows=rows, augs=augs, captions=self._sampler.draw(rows, epochs))
+        start = first + self.rank * share
+        found = []
+        for number in range(start // BLOCK, (start + share - 1) // BLOCK + 1):
+            inside = slice(max(start - number * BLOCK, 0), start + share - number * BLOCK)
+            found.append([column[inside] for column in self._block(number)])
+        rows, augs, captions = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        return Samples(rows=rows, augs=augs, captions=captions)
+
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, views and captions of places number * BLOCK to (number + 1) * BLOCK of the order: drawn together, since most of it is per call."""
+        with self._lock:
+            if number not in self._blocks:
+                places, epochs = self.order.rows(number * BLOCK, BLOCK)
+                rows = self.rows[places]
+                augs = (uniform(self.seed, epochs, VIEWS, rows) * self._n_augs[rows]).astype(np.int64)
+                self._blocks = dict([*self._blocks.items()][-3:]) | {number: (rows, augs, self._sampler.draw(rows, epochs))}
+            return self._blocks[number]
 
     def batch(self, first: int, size: int, pictures: bool = True) -> Batch:
         """The samples that `samples` names, whole."""
