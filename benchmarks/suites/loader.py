@@ -37,6 +37,8 @@ from runtime.pairs import Pairs, decode_image, open_pairs
 from runtime.preprocess import PreprocessConfig
 from runtime.tokenizer import Tokenizer
 
+SETTLE_SECONDS, QUEUED = 3.0, 6
+"""Longer than filling a queue takes, and more batches than one holds."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -56,7 +58,7 @@ class LoaderBench:
     threads: tuple[int, ...] = (0, 2)
     """Threads of ours, processes of the published side; 0: neither."""
     batch: int = 32
-    rounds: int = 20
+    rounds: int = 40
     """Batches a side and configuration."""
 
 
@@ -220,11 +222,16 @@ def step_ratio(folder: Path, preset: str = "pocket_s", batch: int = 64, rounds: 
 
 
 def _turns(sides: list[Callable[[], object]], rounds: int, turns: int) -> list[np.ndarray]:
-    """Nanoseconds a batch of each side: stretches of batches, in turns; what was made ahead is taken out before a stretch begins."""
+    """Nanoseconds a batch of each side: stretches of batches, in turns.
+
+    Between stretches nobody asks until the side that was just asked has filled its queue and sleeps: its workers would otherwise take the
+    cores of the other. What a side has made ahead is taken out before its stretch begins.
+    """
     took: list[list[int]] = [[] for _ in sides]
     for _ in range(turns):
         for kept, side in zip(took, sides, strict=True):
-            for _ in range(4):
+            time.sleep(SETTLE_SECONDS)
+            for _ in range(QUEUED):
                 side()
             for _ in range(max(1, rounds // turns)):
                 began = time.perf_counter_ns()
