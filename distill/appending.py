@@ -48,6 +48,7 @@ def append(config: ReinforceConfig, folder: Path, places: list[ShardPlace], engi
     if "://" in config.store:
         raise StoreError(f"'{config.store}' lies elsewhere, and a store is added to where it lies on a disk; copy it here, add, and copy it back")
     index = read_index(folder)
+    check_origin(index, config)
     scans = scan(places, folder / WORK, config.add_captions, engine)
     check_pairs(index, scans, config)
     if config.add_augmentations:
@@ -108,6 +109,14 @@ def settings_name(layer: int) -> str:
 
 
 # ---------------------------------------------------------------- checks before anything is written
+
+
+def check_origin(index: dict[str, Any], config: ReinforceConfig) -> None:
+    """Raises StoreError when the index does not say how the store was made, as one that another program wrote may not."""
+    unsaid = [name for name in ("shards", "seed", "augmentation", "skipped") if name not in index]
+    unsaid += sorted({name for entry in index["parts"] for name in ("shard", "part", "input_sha256") if name not in entry})
+    if unsaid:
+        raise StoreError(f"the index of '{config.store}' does not say {', '.join(unsaid)}, so nothing can be added to it; reinforce the pairs into a store of their own")
 
 
 def check_pairs(index: dict[str, Any], scans: list[ShardScan], config: ReinforceConfig) -> None:

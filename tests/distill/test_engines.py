@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,6 @@ from runtime.errors import MissingExtraError, StoreError
 from tests.distill.test_reinforce import config, make_pairs, part_hashes
 
 FICKLE = "tests.distill.tiny_teachers:fickle"
-ray = pytest.importorskip("ray")
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +30,12 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[Any]:
     """A Ray of two processors that these tests share; the engine uses one that runs."""
+    ray = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield ray
     ray.shutdown()
 
 
@@ -62,7 +63,9 @@ def dies(folder: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "workers"), [("local", 0), ("local", 2), ("ray", 1), ("ray", 2)])
-def test_every_task_is_answered_and_errors_arrive_as_they_were_raised(name: engines.EngineName, workers: int, cluster: None) -> None:
+def test_every_task_is_answered_and_errors_arrive_as_they_were_raised(name: engines.EngineName, workers: int, request: pytest.FixtureRequest) -> None:
+    if name == "ray":
+        request.getfixturevalue("cluster")
     with open_engine(name, workers, start, 100) as engine:
         assert sorted(run(engine, shifted, iter(range(7)))) == [(n, n + 100) for n in range(7)]
         with pytest.raises(StoreError, match=r"^thirteen is refused; give another number$"):
@@ -83,15 +86,18 @@ def test_tasks_are_drawn_as_workers_become_free() -> None:
         assert len(drawn) <= 3
 
 
-def test_a_lost_ray_worker_is_replaced_and_its_task_repeated(tmp_path: Path, cluster: None) -> None:
+def test_a_lost_ray_worker_is_replaced_and_its_task_repeated(tmp_path: Path, cluster: Any) -> None:
     with open_engine("ray", 1, start, 5) as engine:
         assert list(run(engine, dies_once, [str(tmp_path)])) == [(str(tmp_path), 6)]
     assert (tmp_path / "died").exists()
 
 
-def test_a_worker_that_dies_again_and_again_is_one_sentence(tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_worker_that_dies_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="a worker process died"), open_engine("local", 1, start, 5) as engine:
         list(run(engine, dies, [str(tmp_path)]))
+
+
+def test_a_ray_worker_that_dies_again_and_again_is_one_sentence(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.ray_engine.RESTARTS", 1)
     with pytest.raises(StoreError, match="a Ray worker was lost 2 times"), open_engine("ray", 1, start, 5) as engine:
         list(run(engine, dies, [str(tmp_path)]))
@@ -137,20 +143,20 @@ def test_parts_do_not_depend_on_where_pairs_and_store_lie(reference: tuple[Path,
     assert part_hashes(tmp_path / "elsewhere") == reference[1]
 
 
-def test_parts_do_not_depend_on_the_engine(reference: tuple[Path, dict[str, str]], tmp_path: Path, cluster: None) -> None:
+def test_parts_do_not_depend_on_the_engine(reference: tuple[Path, dict[str, str]], tmp_path: Path, cluster: Any) -> None:
     index = reinforce(config(reference[0], tmp_path, teachers=(FICKLE,), engine="ray", workers=2))
     assert part_hashes(tmp_path) == reference[1]
     assert index["figures"]["engine"] == "ray"
 
 
-def test_a_killed_ray_worker_costs_nothing(reference: tuple[Path, dict[str, str]], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_ray_worker_costs_nothing(reference: tuple[Path, dict[str, str]], tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One actor's process is killed while it works on a part."""
     original, killed = RayEngine.submit, []
 
     def submit(self: RayEngine, function: object, *arguments: object) -> object:
         future = original(self, function, *arguments)  # type: ignore[arg-type]
         if getattr(function, "__name__", "") == "embed_part" and not killed:
-            pids = ray.get([actor.call.remote(os.getpid, ()) for actor in self._actors])
+            pids = cluster.get([actor.call.remote(os.getpid, ()) for actor in self._actors])
             killed.append(pids[0])
             os.kill(pids[0], signal.SIGKILL)
             time.sleep(0.1)
@@ -164,6 +170,7 @@ def test_a_killed_ray_worker_costs_nothing(reference: tuple[Path, dict[str, str]
 
 
 def test_a_cluster_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
     if ray.is_initialized():
         ray.shutdown()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

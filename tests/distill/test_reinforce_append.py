@@ -169,3 +169,11 @@ def test_what_cannot_be_added_is_refused_and_nothing_changes(pairs: Path, store:
     with pytest.raises(RecipeError, match="one thing is added at a time"):
         config(pairs, store, add_augmentations=1, add_teachers=(GREEN,))
     assert {path.name: path.read_bytes() for path in store.iterdir() if path.is_file()} == before
+
+
+def test_a_store_that_does_not_say_how_it_was_made_is_refused(pairs: Path, store: Path) -> None:
+    index = json.loads((store / "index.json").read_text())
+    for name in ("shards", "seed"):
+        (store / "index.json").write_text(json.dumps({key: value for key, value in index.items() if key != name}))
+        with pytest.raises(StoreError, match=f"does not say {name}"):
+            add(pairs, store, add_augmentations=1)
