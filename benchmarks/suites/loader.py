@@ -37,6 +37,7 @@ from runtime.pairs import Pairs, decode_image, open_pairs
 from runtime.preprocess import PreprocessConfig
 from runtime.tokenizer import Tokenizer
 
+RESUME_ROUNDS = 9
 SETTLE_SECONDS, QUEUED = 3.0, 6
 """Longer than filling a queue takes, and more batches than one holds."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -141,7 +142,7 @@ def loader_ratio(folder: Path, size: int = 224, threads: int = 0, batch: int = 3
 def resume_cost(folder: Path, size: int = 224, threads: int = 0, batch: int = 32) -> dict[str, float]:
     """An epoch in two halves with a restart between them, against one straight through; both open pairs and store, and the batches are compared.
 
-    `resume_cost` = (first half + second half after reopening everything) / straight - 1.
+    `resume_cost` = (first half + second half after reopening everything) / straight - 1, the median of rounds.
     """
     count = len(ours(folder, size)) // batch
     requests = [Request(first=n * batch, size=batch) for n in range(count)]
@@ -157,7 +158,7 @@ def resume_cost(folder: Path, size: int = 224, threads: int = 0, batch: int = 32
     straight, halves, firsts = [], [], []
     equal = True
     run(requests[:1])
-    for _ in range(3):
+    for _ in range(RESUME_ROUNDS):
         whole, first_straight, wanted = run(requests)
         one, _, ahead = run(requests[: count // 2])
         two, first_resumed, rest = run(requests[count // 2 :])
@@ -166,14 +167,14 @@ def resume_cost(folder: Path, size: int = 224, threads: int = 0, batch: int = 32
         halves.append(one + two)
         firsts.append((first_straight, first_resumed))
     return {
-        "resume_cost": round(float(np.median(halves) / np.median(straight) - 1), 4), "resume_batches_equal": float(equal),
+        "resume_cost": round(float(np.median(np.array(halves) / np.array(straight)) - 1), 4), "resume_batches_equal": float(equal),
         "resume_first_batch_seconds": round(float(np.median([pair[1] for pair in firsts])), 4),
         "straight_first_batch_seconds": round(float(np.median([pair[0] for pair in firsts])), 4),
         "resume_rounds": float(len(straight)),
     }  # fmt: skip
 
 
-def step_ratio(folder: Path, preset: str = "pocket_s", batch: int = 64, rounds: int = 40, image_size: int | None = None) -> dict[str, float]:
+def step_ratio(folder: Path, preset: str = "pocket_s", batch: int = 64, rounds: int = 100, image_size: int | None = None) -> dict[str, float]:
     """A reinforced training step over a plain CLIP step, loader included: the same samples, the same number of image and text encodes.
 
     Both sides draw the same views and captions; the plain one reads no embedding and has the contrastive loss alone. Views come from the
