@@ -158,7 +158,7 @@ def filesystem(url: str, error: type[ClipError]) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise MissingExtraError("fsspec", "train", f"reading '{url}'") from None
+        raise MissingExtraError("fsspec", "remote", f"reading '{url}'") from None
     try:
         fs, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as problem:
