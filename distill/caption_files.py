@@ -189,6 +189,10 @@ class _Lines:
         self.sha256 = self.digests[0] if len(paths) == 1 else hashlib.sha256(listed.encode()).hexdigest()
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
 
+    def __del__(self) -> None:
+        for stream in getattr(self, "_handles", {}).values():
+            stream.close()
+
     def _scan(self, number: int, path: Path) -> Iterator[tuple[int, int, bytes]]:
         """Offset, number (from 1) and content of every line that is not blank; hashes the file on the way."""
         digest, offset, line = hashlib.sha256(), 0, 0

@@ -82,6 +82,8 @@ def open_coca(name: str, options: CaptionerOptions) -> CocaCaptioner:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model, _, _ = open_clip.create_model_and_transforms(model_name, pretrained=pretrained or None)
+            if not pretrained:
+                _draw_decoder(model)
     except (RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(f"open_clip cannot load '{model_name}' with weights '{pretrained}' ({_line(error)}); check the tag, the path and the network") from error
     room = int(model.context_length) - 1
@@ -95,6 +97,14 @@ def open_coca(name: str, options: CaptionerOptions) -> CocaCaptioner:
         licence=PUBLISHED if pretrained else "none (random weights)", settings={"image_size": size},
     )  # fmt: skip
     return CocaCaptioner(facts, model.eval(), config, open_clip.get_tokenizer(model_name), options.sampling)
+
+
+def _draw_decoder(model: Any) -> None:
+    """Random weights for the text decoder: open_clip leaves its output projection as the memory was."""
+    with torch.no_grad():
+        for parameter in model.text_decoder.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.02)
 
 
 # ---------------------------------------------------------------- transformers

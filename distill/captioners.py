@@ -48,6 +48,8 @@ class Request:
     count: int
     uniforms: np.ndarray
     """(count, L) float64 in [0, 1): caption n may use row n and no other randomness."""
+    vector: np.ndarray | None = None
+    """The picture's stored embedding instead of the picture, where captions are made from a store."""
 
 
 @runtime_checkable

@@ -19,12 +19,13 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from distill.caption_cleaning import cleaned
@@ -33,9 +34,10 @@ from distill.captioners import Captioner, CaptionerOptions, Draft, Request, chec
 from distill.nucleus import Sampling, uniforms
 from distill.progress import progress
 from distill.store_writing import hash_shards
-from runtime.errors import PairsError, RecipeError
+from runtime.errors import PairsError, RecipeError, StoreError
 from runtime.files import file_sha256, write_json, write_whole
 from runtime.pairs import Pairs, Shard, open_pairs
+from runtime.store_index import read_index
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ class CaptionConfig:
     """Cut captions after their first sentence."""
     best_of: int = 1
     """Candidates a caption, of which the captioner's teacher keeps those that fit the picture best (prefix captioner only)."""
+    store: str = ""
+    """Read the pictures' stored embeddings from this store instead of the pictures (prefix captioner only): no teacher sees a picture again."""
     prompt: str | None = None
     """What a model with instructions is told; for rewrite: with {caption} where the caption belongs."""
     language: str = "en"
@@ -121,6 +125,7 @@ def caption(config: CaptionConfig) -> dict[str, Any]:
     folder = Path(config.out)
     inputs = hash_shards(pairs)
     captioner = open_captioner(config.captioner, CaptionerOptions(sampling=config.sampling(), prompt=config.prompt, best_of=config.best_of, device=config.device))
+    stored = _stored(config, captioner)
     settings = _settings(config, captioner, inputs)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     with _locked(folder):
@@ -134,7 +139,7 @@ def caption(config: CaptionConfig) -> dict[str, Any]:
         with progress("caption", len(pairs), sum(len(pairs.keys[shard.start : shard.stop]) for shard in pairs.shards if shard.name in done)) as advance:
             for shard in pairs.shards:
                 if shard.name not in done:
-                    done[shard.name] = _caption_shard(config, captioner, pairs, shard, fingerprint, advance)
+                    done[shard.name] = _caption_shard(config, captioner, pairs, shard, fingerprint, stored, advance)
                     fresh += done[shard.name]["counts"]["captions"]
         receipt = _receipt(config, captioner, pairs, done, fingerprint, time.monotonic() - started, fresh)
         write_json(folder / RECEIPT, receipt)
@@ -142,10 +147,23 @@ def caption(config: CaptionConfig) -> dict[str, Any]:
     return receipt
 
 
+def _stored(config: CaptionConfig, captioner: Captioner) -> Callable[[str], np.ndarray] | None:
+    """What gives a picture's stored vector by key; None where pictures are read."""
+    if not config.store:
+        return None
+    from distill.prefix_writing import PrefixCaptioner, StoredPictures
+
+    if not isinstance(captioner, PrefixCaptioner):
+        raise RecipeError(f"captioner '{config.captioner}' looks at pictures; --store goes with prefix:CHECKPOINT alone")
+    return StoredPictures(config.store, captioner).vector
+
+
 def _settings(config: CaptionConfig, captioner: Captioner, inputs: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the bytes of the captions. The device is not among them: identity is promised for one kind of processor."""
-    free = {"pairs", "out", "captioner", "json", "part_rows", "device"}
+    free = {"pairs", "out", "captioner", "json", "part_rows", "device", "store"}
     chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    if config.store:
+        chosen["store"] = [entry["sha256"] for entry in read_index(Path(config.store))["parts"]]
     return json.loads(json.dumps({**chosen, "captioner": dataclasses.asdict(captioner.facts), "pairs": inputs}))
 
 
@@ -207,7 +225,12 @@ def _locked(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- one shard
 
 
-def _caption_shard(config: CaptionConfig, captioner: Captioner, pairs: Pairs, shard: Shard, fingerprint: str, advance: Any) -> dict[str, Any]:
+Stored = Callable[[str], np.ndarray] | None
+
+
+def _caption_shard(
+    config: CaptionConfig, captioner: Captioner, pairs: Pairs, shard: Shard, fingerprint: str, stored: Stored, advance: Callable[[int, str], None]
+) -> dict[str, Any]:
     """Write SHARD.jsonl from parts of `part_rows` rows, and what is said of it beside it."""
     folder = Path(config.out)
     lines: list[str] = []
@@ -219,7 +242,7 @@ def _caption_shard(config: CaptionConfig, captioner: Captioner, pairs: Pairs, sh
         path = folder / WORK / f"{shard.name}.{n:06d}.json"
         part = _read_part(path, fingerprint, rows_a_part)
         if part is None:
-            part = _caption_rows(config, captioner, pairs, range(start, min(start + rows_a_part, shard.stop)))
+            part = _caption_rows(config, captioner, pairs, range(start, min(start + rows_a_part, shard.stop)), stored)
             write_json(path, {"fingerprint": fingerprint, "rows": rows_a_part, **part})
         lines += part["lines"]
         counts.update(part["counts"])
@@ -242,7 +265,7 @@ def _read_part(path: Path, fingerprint: str, rows: int) -> dict[str, Any] | None
     return part if part.get("fingerprint") == fingerprint and part.get("rows") == rows else None
 
 
-def _caption_rows(config: CaptionConfig, captioner: Captioner, pairs: Pairs, rows: range) -> dict[str, Any]:
+def _caption_rows(config: CaptionConfig, captioner: Captioner, pairs: Pairs, rows: range, stored: Stored) -> dict[str, Any]:
     """Lines, counts and skipped pairs of some rows."""
     lines, skipped = [], []
     counts: Counter[str] = Counter()
@@ -250,8 +273,8 @@ def _caption_rows(config: CaptionConfig, captioner: Captioner, pairs: Pairs, row
         requests = []
         for row in range(start, min(start + config.batch, rows.stop)):
             try:
-                requests.append(_request(config, captioner, pairs, row))
-            except PairsError as error:
+                requests.append(_request(config, captioner, pairs, row, stored))
+            except (PairsError, StoreError) as error:
                 skipped.append({"key": pairs.keys[row], "reason": str(error)})
         for request, drafts, reason in _written(captioner, requests):
             if reason is not None:
@@ -269,22 +292,16 @@ def _caption_rows(config: CaptionConfig, captioner: Captioner, pairs: Pairs, row
     return {"lines": lines, "counts": dict(counts), "skipped": skipped}
 
 
-def _request(config: CaptionConfig, captioner: Captioner, pairs: Pairs, row: int) -> Request:
+def _request(config: CaptionConfig, captioner: Captioner, pairs: Pairs, row: int, stored: Stored) -> Request:
     key, reads = pairs.keys[row], captioner.facts.reads
     count = config.captions_per_image * config.best_of
     text = pairs.caption(row) if reads != "picture" else None
     if text == "":
         raise PairsError(f"sample '{key}': its caption is empty, and the captioner reads it")
     return Request(
-        key=key, picture=pairs.image(row) if reads != "text" else None, text=text, count=config.captions_per_image,
-        uniforms=_table(config.seed, key, count, captioner.most_uniforms),
+        key=key, picture=pairs.image(row) if reads != "text" and stored is None else None, text=text, count=config.captions_per_image,
+        uniforms=np.stack([uniforms(config.seed, key, number, captioner.most_uniforms) for number in range(count)]), vector=None if stored is None else stored(key),
     )  # fmt: skip
-
-
-def _table(seed: int, key: str, count: int, steps: int) -> Any:
-    import numpy as np
-
-    return np.stack([uniforms(seed, key, number, steps) for number in range(count)])
 
 
 def _written(captioner: Captioner, requests: list[Request]) -> Iterator[tuple[Request, list[Draft], str | None]]:

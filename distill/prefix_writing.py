@@ -28,8 +28,10 @@ from distill.captioners import CaptionerFacts, CaptionerOptions, Draft, Request
 from distill.ensemble import Teacher, encode_texts, open_teacher
 from distill.nucleus import Sampling, generate
 from distill.prefix_captioner import DecoderConfig, PrefixDecoder, Writer
+from distill.store import open_store
+from distill.store_writing import unit
 from mobileclip.checkpoint import load_state, verify_receipt
-from runtime.errors import CheckpointError, RecipeError
+from runtime.errors import CheckpointError, RecipeError, StoreError
 from runtime.files import file_sha256, write_json
 from runtime.tokenizer import Tokenizer
 
@@ -146,6 +148,29 @@ def image_vectors(teachers: Sequence[Teacher], pictures: Sequence[Any]) -> np.nd
     return vectors
 
 
+class StoredPictures:
+    """Pictures as a store knows them: by key the mean of a picture's views, for the teachers of a captioner. No picture is decoded."""
+
+    def __init__(self, path: str, captioner: PrefixCaptioner) -> None:
+        """Raises StoreError, or RecipeError where the store lacks a teacher of the captioner."""
+        self._store = open_store(path)
+        hashes = [facts.sha256 for facts in self._store.teachers]
+        missing = [teacher.facts.name for teacher in captioner.teachers if teacher.facts.sha256 not in hashes]
+        if missing:
+            raise RecipeError(f"store '{path}' has no vectors of the captioner's teacher {', '.join(missing)}; it has {', '.join(f.name for f in self._store.teachers)}")
+        self._teachers = [hashes.index(teacher.facts.sha256) for teacher in captioner.teachers]
+        self._rows = {key: row for row, key in enumerate(self._store.keys)}
+
+    def vector(self, key: str) -> np.ndarray:
+        """(D,) float32, unit norm a teacher. Raises StoreError for a pair that the store skipped."""
+        if key not in self._rows:
+            raise StoreError(f"sample '{key}' is not in the store")
+        row = self._rows[key]
+        views = np.arange(int(self._store.n_augmentations[row]))
+        means = [self._store.image_embeddings(teacher, np.full(len(views), row), views).mean(axis=0) for teacher in self._teachers]
+        return np.concatenate([unit(mean) for mean in means])
+
+
 class PrefixCaptioner:
     """`prefix:CHECKPOINT`. With best_of n, n candidates are drawn for each caption and those of highest mean similarity kept."""
 
@@ -165,7 +190,8 @@ class PrefixCaptioner:
         )  # fmt: skip
 
     def caption(self, requests: Sequence[Request]) -> list[list[Draft]]:
-        vectors = image_vectors(self.teachers, [request.picture for request in requests])
+        stored = [request.vector for request in requests if request.vector is not None]
+        vectors = np.stack(stored) if len(stored) == len(requests) else image_vectors(self.teachers, [request.picture for request in requests])
         count = max(request.count for request in requests)
         texts = self.write(vectors, np.stack([request.uniforms[: count * self.best_of] for request in requests]))
         if self.best_of == 1:

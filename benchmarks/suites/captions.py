@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ class CaptionSuite:
     samples: int = 28_000
     """Pairs that each student sees."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    captioner_steps: int = 800
 
 
-def prefix_gain(run: Path, out: Path, samples: int = 28_000, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+def prefix_gain(run: Path, out: Path, samples: int = 28_000, seeds: tuple[int, ...] = (0, 1, 2), captioner_steps: int = 800) -> dict[str, Any]:
     """Flat figures: self-retrieval of held-out pictures, and the students' recall@5 of both arms, each seed. What is done is kept.
 
     Args:
@@ -55,13 +57,15 @@ def prefix_gain(run: Path, out: Path, samples: int = 28_000, seeds: tuple[int, .
     receipts = [place.teacher(name) / "receipt.json" for name in TEACHERS] + [place.out / "pairs/sample.json"]
     captioner, captions, judged, store = out / "captioner", out / "train", out / "test", out / "store"
     stages.run(
-        "captioner", [["mobileclip.cli", "train-captioner", str(place.train), str(captioner), "--teacher", *teachers]], inputs=receipts, outputs=[captioner / "receipt.json"]
-    )
-    stages.chains(
-        lambda: _caption(stages, "caption-train", place.train, captions, captioner),
-        lambda: _judge(stages, place.test, judged, captioner, teachers),
-    )
-    _reinforce(stages, place, store, captions, teachers)
+        "captioner", [["mobileclip.cli", "train-captioner", str(place.train), str(captioner), "--teacher", *teachers, "--steps", str(captioner_steps), "--threads", "2"]],
+        inputs=receipts, outputs=[captioner / "receipt.json"],
+    )  # fmt: skip
+
+    def train_pictures() -> None:
+        _caption(stages, "caption-train", place.train, captions, captioner, ["--store", str(place.store)])
+        _reinforce(stages, place, store, captions, teachers)
+
+    stages.chains(train_pictures, lambda: _judge(stages, place.test, judged, captioner, teachers))
     hits = train_arms(Arms(out=out, pairs=place.train, judged=place.test, samples=samples, seeds=seeds), _options(out, store), stages)
     receipt = json.loads((captions / "receipt.json").read_text(encoding="utf-8"))
     seconds = stages.seconds()
@@ -72,9 +76,9 @@ def prefix_gain(run: Path, out: Path, samples: int = 28_000, seeds: tuple[int, .
     }  # fmt: skip
 
 
-def _caption(stages: Stages, name: str, pairs: Path, out: Path, captioner: Path) -> None:
+def _caption(stages: Stages, name: str, pairs: Path, out: Path, captioner: Path, more: Sequence[str] = ()) -> None:
     stages.run(
-        name, [["mobileclip.cli", "caption", str(pairs), str(out), "--captioner", f"prefix:{captioner}", "--batch", "64"]],
+        name, [["mobileclip.cli", "caption", str(pairs), str(out), "--captioner", f"prefix:{captioner}", "--batch", "64", *more]],
         inputs=[captioner / "receipt.json"], outputs=[out / "receipt.json"],
     )  # fmt: skip
 
@@ -96,7 +100,7 @@ def _reinforce(stages: Stages, place: Layout, store: Path, captions: Path, teach
         shutil.copytree(place.store, half)
         half.rename(store)
     stages.run(
-        "add-captions", [["mobileclip.cli", "reinforce", str(place.train), str(store), "--teachers", *teachers, "--add-captions", str(captions), "--workers", "2"]],
+        "add-captions", [["mobileclip.cli", "reinforce", str(place.train), str(store), "--teachers", *teachers, "--add-captions", str(captions), "--workers", "1"]],
         inputs=[captions / "receipt.json", place.store / "index.json"], outputs=[store / "index.json"],
     )  # fmt: skip
 
@@ -118,7 +122,7 @@ def _say(line: str) -> None:
 def main() -> int:
     config = tyro.cli(CaptionSuite, prog="python -m benchmarks.suites.captions", description=__doc__)
     started = time.monotonic()
-    figures = {**prefix_gain(Path(config.run), Path(config.out), config.samples, config.seeds), "seconds": round(time.monotonic() - started, 1)}
+    figures = {**prefix_gain(Path(config.run), Path(config.out), config.samples, config.seeds, config.captioner_steps), "seconds": round(time.monotonic() - started, 1)}
     write_json(Path(config.out) / "summary.json", figures)
     for name, value in figures.items():
         _say(f"{name:48} {value}")

@@ -147,6 +147,36 @@ def test_candidates_are_chosen_by_the_teachers(trained: tuple[Path, Path]) -> No
     assert mean_similarity(8) > mean_similarity(1)
 
 
+def test_captions_from_stored_vectors_read_no_picture(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill.augment import AugmentSpec
+    from distill.reinforce import ReinforceConfig, reinforce
+    from runtime.pairs import Pairs
+
+    _, captioner = trained
+    mild = AugmentSpec(scale=(0.9, 1.0), operations=0)
+    held_out = make_pairs(tmp_path / "held-out", copies=1, seed=9)
+    broken = ("s9-00", {"png": b"no picture", "txt": b"a blue disc"})
+    write_shard(held_out / "00001.tar", [broken])
+    reinforce(ReinforceConfig(pairs=str(held_out), store=str(tmp_path / "store"), teachers=(RED, SEEING), augmentations=1, workers=0, templates=(), augment=mild))
+    asked = {"pairs": str(held_out), "captioner": f"prefix:{captioner}", "captions_per_image": 2, "store": str(tmp_path / "store")}
+    for read in ("image", "image_bytes"):
+        monkeypatch.setattr(Pairs, read, lambda self, row: pytest.fail("a picture was read"))
+    receipt = caption(CaptionConfig(**asked, out=str(tmp_path / "c")))  # type: ignore[arg-type]
+    assert (receipt["counts"]["samples"], receipt["counts"]["skipped"]) == (12, 1)
+    assert receipt["shards"]["00001"]["skipped"][0]["reason"] == "sample 's9-00' is not in the store"
+    monkeypatch.undo()
+    made = open_captions(tmp_path / "c")
+    pairs = open_pairs(held_out)
+    right = [made.get(key)[0].text == pairs.caption(row) for row, key in enumerate(pairs.keys) if key in made]
+    assert len(right) == 12
+    assert np.mean(right) > 0.6
+    reinforce(ReinforceConfig(pairs=str(held_out), store=str(tmp_path / "other"), teachers=(RED,), augmentations=1, workers=0, templates=()))
+    with pytest.raises(RecipeError, match="has no vectors of the captioner's teacher seeing; it has red"):
+        caption(CaptionConfig(**{**asked, "store": str(tmp_path / "other")}, out=str(tmp_path / "d")))  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="--store goes with prefix:CHECKPOINT alone"):
+        caption(CaptionConfig(**{**asked, "captioner": "tests.distill.tiny_captioners:colours"}, out=str(tmp_path / "e")))  # type: ignore[arg-type]
+
+
 def test_what_does_not_fit_is_named(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

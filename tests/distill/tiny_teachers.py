@@ -114,6 +114,9 @@ class Seeing:
             pixels = np.asarray(image, np.float32)
             distance = np.stack([np.abs(pixels - colour).sum(axis=2) for colour in COLOURS.values()])
             painted = np.argwhere(distance.min(axis=0) < 60)
+            if not len(painted):
+                out.append(self._word("picture"))
+                continue
             colour = list(COLOURS)[int(np.bincount(distance.argmin(axis=0)[tuple(painted.T)], minlength=len(COLOURS)).argmax())]
             filled = len(painted) / np.prod(np.ptp(painted, axis=0) + 1)
             shape = "square" if filled > 0.95 else "disc" if filled > 0.7 else "stripe"
