@@ -29,8 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.ensemble import encode_texts, open_teacher
@@ -38,12 +36,12 @@ from distill.prefix_captioner import DecoderConfig, PrefixDecoder
 from distill.prefix_writing import Conditioning, TeacherNote, save_prefix_captioner
 from distill.progress import progress
 from distill.store_writing import hash_shards
+from distill.training_state import STATE, read_state, write_state
 from mobileclip.checkpoint import build_tokenizer
 from runtime.errors import PairsError, RecipeError, TrainingError
 from runtime.pairs import open_pairs
 from runtime.tokenizer import Tokenizer
 
-STATE = "state.safetensors"
 VERSION = 1
 """Of the recipe: raised when training changes, so that an older captioner is made again."""
 GROUPS = 4
@@ -178,7 +176,7 @@ def _loop(
     """Steps until the plan is done. Returns the mean loss of the last tenth and the seconds of former runs."""
     decayed, others = [p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate, betas=(0.9, 0.98))
-    done, before = _restore(model, optimizer, out, fingerprint)
+    done, before = read_state(out, {"model": model}, optimizer, fingerprint) or (0, 0.0)
     saved = began = time.monotonic()
     losses: list[float] = []
     with progress("train captioner", config.steps, done) as advance:
@@ -189,7 +187,7 @@ def _loop(
             advance(step + 1, f"loss {losses[-1]:.3f}")
             if time.monotonic() - saved > config.save_seconds:
                 saved = time.monotonic()
-                _save(model, optimizer, out, fingerprint, step + 1, before + saved - began)
+                write_state(out, {"model": model}, optimizer, fingerprint, step + 1, before + saved - began)
     return float(np.mean(losses[-max(1, config.steps // 10) :] or [math.nan])), before
 
 
@@ -252,37 +250,3 @@ def _finished(out: Path, fingerprint: str) -> bool:
     if found != fingerprint:
         raise TrainingError(f"'{out}' holds something that was made with other settings or data; choose another folder, or remove it to train again")
     return True
-
-
-def _save(model: PrefixDecoder, optimizer: torch.optim.Optimizer, out: Path, fingerprint: str, step: int, seconds: float) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(tensor) for name, tensor in state.items()}
-    temporary = out / f".{STATE}.{os.getpid()}.part"
-    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, temporary, metadata={"step": str(step), "seconds": str(seconds), "fingerprint": fingerprint})
-    os.replace(temporary, out / STATE)
-
-
-def _restore(model: PrefixDecoder, optimizer: torch.optim.Optimizer, out: Path, fingerprint: str) -> tuple[int, float]:
-    """Steps done and seconds taken by former runs."""
-    for half in out.glob(f".{STATE}.*"):
-        half.unlink(missing_ok=True)
-    path = out / STATE
-    if not path.exists():
-        return 0, 0.0
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"'{path}' cannot be read ({error}); remove it to start this run again") from None
-    if facts.get("fingerprint") != fingerprint:
-        raise TrainingError(f"'{out}' holds an unfinished run with other settings or data; choose another folder, or remove it to start again")
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            index, field = name.removeprefix("optimizer.").split(".", 1)
-            state.setdefault(int(index), {})[field] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(facts["step"]), float(facts["seconds"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,23 +84,43 @@ def finished(out: Path, fingerprint: str | None = None) -> bool:
 
 
 def save(run: Run, out: Path, fingerprint: str) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in run.average.state_dict().items()}
-    for index, state in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    temporary = out / f".{STATE}.{os.getpid()}"
-    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={"step": str(run.step), "seconds": str(run.seconds), "fingerprint": fingerprint})
-    os.replace(temporary, out / STATE)
+    write_state(out, {"model": run.model, "average": run.average}, run.optimizer, fingerprint, run.step, run.seconds)
 
 
 def restore(run: Run, out: Path, fingerprint: str) -> None:
     """Continue from the saved state, if there is one; metrics written after it are dropped."""
+    metrics = out / "metrics.jsonl"
+    found = read_state(out, {"model": run.model, "average": run.average}, run.optimizer, fingerprint)
+    if found is None:
+        metrics.unlink(missing_ok=True)
+        return
+    run.step, run.seconds = found
+    if metrics.exists():
+        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= run.step]
+        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def write_state(out: Path, modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, fingerprint: str, step: int, seconds: float) -> None:
+    """All that an unfinished run needs, in one file that is renamed into its place. modules: name to module; names hold no dot."""
+    tensors = {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(tensor) for key, tensor in state.items()}
+    temporary = out / f".{STATE}.{os.getpid()}"
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, temporary, metadata={"step": str(step), "seconds": str(seconds), "fingerprint": fingerprint})
+    os.replace(temporary, out / STATE)
+
+
+def read_state(out: Path, modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, fingerprint: str) -> tuple[int, float] | None:
+    """Load what `write_state` wrote. Returns steps done and seconds taken by former runs; None where there is no state.
+
+    Raises:
+        TrainingError: the file is damaged, or of a run with other settings.
+    """
     for stale in out.glob(f".{STATE}.*"):
         stale.unlink(missing_ok=True)
     path = out / STATE
     if not path.exists():
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        return
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
@@ -107,19 +128,15 @@ def restore(run: Run, out: Path, fingerprint: str) -> None:
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"'{path}' cannot be read ({error}); remove it to start this run again") from None
     if facts.get("fingerprint") != fingerprint:
-        raise TrainingError(f"'{out}' holds an unfinished run with other settings or data; choose another --out, or remove the folder to start again")
-    run.model.load_state_dict(_sub(tensors, "model."))
-    run.average.load_state_dict(_sub(tensors, "average."))
+        raise TrainingError(f"'{out}' holds an unfinished run with other settings or data; choose another folder, or remove it to start again")
+    for name, module in modules.items():
+        module.load_state_dict(_sub(tensors, f"{name}."))
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _sub(tensors, "optimizer.").items():
         index, field = name.split(".", 1)
         state.setdefault(int(index), {})[field] = tensor
-    run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
-    run.step, run.seconds = int(facts["step"]), float(facts["seconds"])
-    metrics = out / "metrics.jsonl"
-    if metrics.exists():
-        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= run.step]
-        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(facts["step"]), float(facts["seconds"])
 
 
 def _sub(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
