@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from distill.datacompdr_views import pack_views
 from distill.store import Store, open_store
 from distill.store_codecs import unit
 from distill.store_writing import PartRows, write_index, write_part
+from runtime.pairs import write_shard
 
 DIM, TEACHERS = 768, 2
 SIZE = (480, 640)
@@ -223,27 +223,19 @@ def _write_published(root: Path, samples: Samples, kind: str) -> int:
     Image.effect_noise(SIZE[::-1], 50).convert("RGB").save(picture, "JPEG", quality=60)
     digest = hashlib.sha256(picture.getvalue()).hexdigest()
     extension, made = {"npz": ("npz", as_npz), "bf16_gzip": ("pth.gz", as_bf16_gzip)}[kind]
+    for folder in ("published", "pairs"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(samples), 1000):
         chunk = range(start, min(start + 1000, len(samples)))
-        _write_tar(root / "published" / f"{start // 1000:08d}.tar", ((samples.uid(n), {
+        write_shard(root / "published" / f"{start // 1000:08d}.tar", ((samples.uid(n), {
             "url.txt": b"https://example.org/picture.jpg", "syn.json": json.dumps({"syn_text": [CAPTION] * (samples.text.shape[1] - 1)}).encode(),
             "paug.json": parameters_json(samples, n), extension: made(samples, n), "json": json.dumps({"uid": samples.uid(n), "sha256": digest}).encode(),
         }) for n in chunk))  # fmt: skip
         facts = {"sha256": digest, "original_height": SIZE[0], "original_width": SIZE[1]}
-        _write_tar(root / "pairs" / f"{start // 1000:05d}.tar", ((f"{n:09d}", {
+        write_shard(root / "pairs" / f"{start // 1000:05d}.tar", ((f"{n:09d}", {
             "jpg": picture.getvalue(), "txt": CAPTION.encode(), "json": json.dumps({"uid": samples.uid(n), **facts}).encode(),
         }) for n in chunk))  # fmt: skip
     return sum(path.stat().st_size for path in (root / "published").iterdir())
-
-
-def _write_tar(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 def main() -> int:
