@@ -37,7 +37,7 @@ from runtime.pairs import Pairs, decode_image, open_pairs
 from runtime.preprocess import PreprocessConfig
 from runtime.tokenizer import Tokenizer
 
-RESUME_ROUNDS = 9
+RESUME_ROUNDS, TURNS = 9, 12
 SETTLE_SECONDS, QUEUED = 3.0, 6
 """Longer than filling a queue takes, and more batches than one holds."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -111,8 +111,8 @@ def _translated_for(parameters: list[Any], size: int) -> list[Any]:
 def loader_ratio(folder: Path, size: int = 224, threads: int = 0, batch: int = 32, rounds: int = 20) -> dict[str, float]:
     """Samples a second of ours over those of the published way; `threads` of ours against as many processes of theirs.
 
-    With 0 both sides make a batch in turns. With more, each side runs `rounds` batches alone, in five turns each, since what works ahead cannot
-    be told apart batch by batch.
+    With 0 both sides make a batch in turns. With more, each side runs stretches of half as many batches alone, in TURNS turns, and a stretch is
+    one sample: what is made ahead cannot be told apart batch by batch.
     """
     import torch
 
@@ -127,15 +127,14 @@ def loader_ratio(folder: Path, size: int = 224, threads: int = 0, batch: int = 3
         )
         published, own = took["published"], took["ours"]
     else:
-        published, own = _turns([lambda: next(theirs), lambda: next(mine)], rounds, 5)
+        published, own = _turns([lambda: next(theirs), lambda: next(mine)], max(1, rounds // 2))
     mine.close()  # type: ignore[attr-defined]
-    ratio = compare(published, own) if len(own) >= 10 else None
+    ratio = compare(published, own)
     rates = [batch / np.median(side) * 1e9 for side in (published, own)]
     found = {
         f"loader_samples_per_second_published{name}": rates[0], f"loader_samples_per_second_ours{name}": rates[1], f"loader_ratio{name}": rates[1] / rates[0],
+        f"loader_ratio_low{name}": 1 / ratio.high, f"loader_ratio_high{name}": 1 / ratio.low,
     }  # fmt: skip
-    if ratio is not None:
-        found |= {f"loader_ratio_low{name}": 1 / ratio.high, f"loader_ratio_high{name}": 1 / ratio.low}
     return {key: round(value, 4) for key, value in found.items()}
 
 
@@ -222,22 +221,22 @@ def step_ratio(folder: Path, preset: str = "pocket_s", batch: int = 64, rounds: 
     }  # fmt: skip
 
 
-def _turns(sides: list[Callable[[], object]], rounds: int, turns: int) -> list[np.ndarray]:
-    """Nanoseconds a batch of each side: stretches of batches, in turns.
+def _turns(sides: list[Callable[[], object]], batches: int) -> list[np.ndarray]:
+    """Nanoseconds a batch of each side, a figure for each of TURNS stretches of so many batches, the sides in turns.
 
     Between stretches nobody asks until the side that was just asked has filled its queue and sleeps: its workers would otherwise take the
     cores of the other. What a side has made ahead is taken out before its stretch begins.
     """
     took: list[list[int]] = [[] for _ in sides]
-    for _ in range(turns):
+    for _ in range(TURNS):
         for kept, side in zip(took, sides, strict=True):
             time.sleep(SETTLE_SECONDS)
             for _ in range(QUEUED):
                 side()
-            for _ in range(max(1, rounds // turns)):
-                began = time.perf_counter_ns()
+            began = time.perf_counter_ns()
+            for _ in range(batches):
                 side()
-                kept.append(time.perf_counter_ns() - began)
+            kept.append((time.perf_counter_ns() - began) // batches)
     return [np.array(kept) for kept in took]
 
 
