@@ -26,27 +26,28 @@ SPLITS = ("held_out", "trained", "keycap", "clock", "flag", "all")
 
 QUERIES: dict[str, str] = {
     "a red heart": "2764",
-    "crab": "1f980",
-    "frog": "1f438",
-    "cactus": "1f335",
+    "black heart": "1f5a4",
+    "Mrs. Claus": "1f936",
+    "loudly crying face": "1f62d",
+    "eyes": "1f440",
+    "person biking": "1f6b4",
+    "person swimming": "1f3ca",
+    "person walking": "1f6b6",
+    "hatching chick": "1f423",
     "palm tree": "1f334",
-    "dolphin": "1f42c",
+    "chestnut": "1f330",
     "strawberry": "1f353",
-    "watermelon": "1f349",
-    "avocado": "1f951",
-    "kiwi fruit": "1f95d",
     "wine glass": "1f377",
-    "french fries": "1f35f",
-    "light bulb": "1f4a1",
-    "camera": "1f4f7",
-    "open book": "1f4d6",
+    "full moon": "1f315",
+    "shinto shrine": "26e9",
+    "baseball": "26be",
+    "musical score": "1f3bc",
+    "money with wings": "1f4b8",
     "jeans": "1f456",
-    "t-shirt": "1f455",
-    "bicycle": "1f6b2",
-    "crescent moon": "1f319",
-    "umbrella": "2602",
+    "woman's boot": "1f462",
 }
-"""Query -> concept that is right: the README's, chosen among the everyday things that a student finds on the *validation* style."""
+"""Query -> concept that is right: the README's. A red heart, and nineteen labels of things whose picture comes first on the *validation* style for
+the students and the bundles of two whole runs."""
 
 UNCHOSEN_QUERIES: dict[str, str] = {
     "a red heart": "2764",
