@@ -276,17 +276,26 @@ def apply(image: Image.Image, packed: bytes | np.ndarray, size: int) -> Image.Im
     return draw(image, unpack(packed), size, (image.height, image.width))
 
 
-def draw(image: Image.Image, p: Parameters, size: int, extent: tuple[float, float], origin: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
+def draw(
+    image: Image.Image, p: Parameters, size: int, extent: tuple[float, float], origin: tuple[float, float] = (0.0, 0.0), quick: bool = False
+) -> Image.Image:
     """The view of an RGB picture whose content is `extent` (height, width) pixels large and begins at `origin` (top, left): a picture
     that was decoded at reduced scale may be up to one pixel larger than its content. Crop and resize are one step; what the parameters
     leave out costs nothing.
+
+    Args:
+        quick: resize a crop of whole pixels with torch's vectorised bicubic filter, in a third of Pillow's time. One value in twelve differs from
+            Pillow's by a grey level or two.
     """
     height, width = extent
     top, left = origin[0] + p.top / UNIT * height, origin[1] + p.left / UNIT * width
     box = (left, top, min(left + p.width / UNIT * width, image.width), min(top + p.height / UNIT * height, image.height))
     if p.torchvision:
         image, box = _cut(image, box)
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if quick and box == (0, 0, *image.size):
+        view = _resized_by_torch(image, size)
+    else:
+        view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if p.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for index, value in (p.first, p.second):
@@ -308,6 +317,14 @@ def _cut(image: Image.Image, box: tuple[float, float, float, float]) -> tuple[Im
     x, y = math.floor(left), math.floor(top)
     cut = image.crop((x, y, max(math.ceil(right), x + 1), max(math.ceil(bottom), y + 1)))
     return cut, (left - x, top - y, max(right - x, left - x + 0.1), max(bottom - y, top - y + 0.1))
+
+
+def _resized_by_torch(image: Image.Image, size: int) -> Image.Image:
+    import torch  # what only reads or writes parameters does without it
+    import torch.nn.functional as F
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # channels last, as the vectorised filter wants them
+    return Image.fromarray(F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy())
 
 
 def _drawn_magnitude(name: str, magnitude: float) -> float:

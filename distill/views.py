@@ -1,5 +1,6 @@
 """From an encoded picture to an augmented view. The reinforcement (for its teachers) and the training loader use nothing else, so
-what a teacher saw and what the student sees at that size are equal to the pixel.
+what a teacher saw and what the student sees at that size are equal to the pixel. Views of an imported DataCompDR are drawn by the published
+steps with a quicker resize, within a grey level or two (`augment.apply` draws them exactly).
 
 A JPEG holds its picture in blocks of 8 x 8 frequencies; libjpeg can leave out the upper ones and hand over the picture at 1/2, 1/4 or
 1/8 of its size for a fraction of the time (Pillow's `draft`). A view is drawn from the smallest of these at which its crop still has
@@ -90,7 +91,8 @@ class Picture:
         height, width = self.size[0] / scale, self.size[1] / scale
         # A reduced picture is rounded up to whole pixels, at the stored bottom and right; the box is measured in what is truly the picture.
         origin = (0.0, 0.0) if self._turn is None else (self._turn[1] * (image.height - height), self._turn[2] * (image.width - width))
-        return np.asarray(draw(image, parameters, size, (height, width), origin))
+        # Views that we drew ourselves come back to the pixel. Those of others, whose decoder and filter are not known to the bit, may be quick.
+        return np.asarray(draw(image, parameters, size, (height, width), origin, quick=parameters.torchvision))
 
     def _scale(self, parameters: Parameters, size: int) -> int:
         """1, 2, 4 or 8: by how much the decoded picture is smaller."""

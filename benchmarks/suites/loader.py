@@ -37,9 +37,9 @@ from runtime.pairs import Pairs, decode_image, open_pairs
 from runtime.preprocess import PreprocessConfig
 from runtime.tokenizer import Tokenizer
 
-RESUME_ROUNDS, TURNS = 9, 12
-SETTLE_SECONDS, QUEUED = 3.0, 6
-"""Longer than filling a queue takes, and more batches than one holds."""
+RESUME_ROUNDS, TURNS = 9, 10
+SETTLE_SECONDS, QUEUED = 3.0, 12
+"""Longer than filling a queue takes, and more batches than one holds; a machine that has slept needs a moment besides."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -111,8 +111,8 @@ def _translated_for(parameters: list[Any], size: int) -> list[Any]:
 def loader_ratio(folder: Path, size: int = 224, threads: int = 0, batch: int = 32, rounds: int = 20) -> dict[str, float]:
     """Samples a second of ours over those of the published way; `threads` of ours against as many processes of theirs.
 
-    With 0 both sides make a batch in turns. With more, each side runs stretches of half as many batches alone, in TURNS turns, and a stretch is
-    one sample: what is made ahead cannot be told apart batch by batch.
+    With 0 both sides make a batch in turns. With more, each side runs stretches of so many batches alone, in TURNS turns, and a stretch is one
+    sample: what is made ahead cannot be told apart batch by batch.
     """
     import torch
 
@@ -127,7 +127,7 @@ def loader_ratio(folder: Path, size: int = 224, threads: int = 0, batch: int = 3
         )
         published, own = took["published"], took["ours"]
     else:
-        published, own = _turns([lambda: next(theirs), lambda: next(mine)], max(1, rounds // 2))
+        published, own = _turns([lambda: next(theirs), lambda: next(mine)], rounds)
     mine.close()  # type: ignore[attr-defined]
     ratio = compare(published, own)
     rates = [batch / np.median(side) * 1e9 for side in (published, own)]

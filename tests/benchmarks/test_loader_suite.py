@@ -26,7 +26,7 @@ def test_pictures_are_neither_flat_nor_white_noise() -> None:
 
 
 def test_both_sides_show_the_same_views(folder: Path) -> None:
-    assert suite.check_sides(folder, 48, samples=8) == 0.0  # too small for reduced decoding: equal to the pixel
+    assert suite.check_sides(folder, 48, samples=8) < 0.5  # too small for reduced decoding: what is left is the quicker resize
 
 
 def test_both_sides_make_the_same_kind_of_batch(folder: Path) -> None:
