@@ -173,7 +173,7 @@ def resume_cost(folder: Path, size: int = 224, threads: int = 0, batch: int = 32
     }  # fmt: skip
 
 
-def step_ratio(folder: Path, preset: str = "pocket_s", batch: int = 64, rounds: int = 100, image_size: int | None = None) -> dict[str, float]:
+def step_ratio(folder: Path, preset: str = "pocket_s", batch: int = 64, rounds: int = 300, image_size: int | None = None) -> dict[str, float]:
     """A reinforced training step over a plain CLIP step, loader included: the same samples, the same number of image and text encodes.
 
     Both sides draw the same views and captions; the plain one reads no embedding and has the contrastive loss alone. Views come from the
