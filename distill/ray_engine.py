@@ -33,7 +33,10 @@ class Refused:
 class Worker:
     """What lives in an actor's process."""
 
-    def __init__(self, start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    def __init__(self, start: Callable[..., None], arguments: tuple[Any, ...], folder: str) -> None:
+        # A cluster that was running before has a folder of its own: relative paths mean what they mean to the caller.
+        if os.path.isdir(folder):
+            os.chdir(folder)
         start(*arguments)
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -113,7 +116,7 @@ class RayEngine:
         self.workers = max(1, min(self.workers, room))
         wanted = {"num_cpus": 1 if processors >= self.workers else 0, "num_gpus": 1 if graphics else 0}
         actor = self._ray.remote(Worker).options(max_restarts=RESTARTS, max_task_retries=RESTARTS, **wanted)
-        self._actors = [actor.remote(self._start, self._arguments) for _ in range(self.workers)]
+        self._actors = [actor.remote(self._start, self._arguments, os.getcwd()) for _ in range(self.workers)]
         self._load = [0] * self.workers
 
     def close(self, now: bool) -> None:

@@ -86,6 +86,12 @@ def test_tasks_are_drawn_as_workers_become_free() -> None:
         assert len(drawn) <= 3
 
 
+def test_relative_paths_mean_on_a_running_cluster_what_they_mean_here(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the cluster was started somewhere else
+    with open_engine("ray", 1, start, 0) as engine:
+        assert engine.submit(os.getcwd).result() == str(tmp_path)
+
+
 def test_a_lost_ray_worker_is_replaced_and_its_task_repeated(tmp_path: Path, cluster: Any) -> None:
     with open_engine("ray", 1, start, 5) as engine:
         assert list(run(engine, dies_once, [str(tmp_path)])) == [(str(tmp_path), 6)]
