@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distill.dataset import Batch, ReinforcedPairs
+from distill.interruption import stop_asked
 from distill.keep_list import read_keep_list
 from distill.loader import load
 from distill.progress import progress
@@ -180,24 +181,24 @@ def _loop(
         open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics,
         progress(f"train {out.name}", plan.steps, run.step) as advance,
         closing(load(data, plan.requests(run.step), config.prefetch_threads)) as batches,
+        stop_asked() as asked,
     ):
-        try:
-            while run.step < plan.steps:
-                terms = _step(run, plan, recipe, batches, data.store, followed, basis, clock)
-                run.step += 1
-                run.seconds = before + time.monotonic() - started
-                if run.step % log_every == 0 or run.step == plan.steps:
-                    line = _metrics_line(run, plan, recipe, terms, clock, marks)
-                    line.update(validate.maybe(run))
-                    metrics.write(json.dumps(line) + "\n")
-                    metrics.flush()
-                    advance(run.step, f"loss {line['loss']:.3f}  {line['samples_per_second']:.0f} samples/s")
-                if time.monotonic() - saved > config.save_seconds:
-                    save(run, out, fingerprint)
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            save(run, out, fingerprint)
-            raise
+        while run.step < plan.steps:
+            terms = _step(run, plan, recipe, batches, data.store, followed, basis, clock)
+            run.step += 1
+            run.seconds = before + time.monotonic() - started
+            if run.step % log_every == 0 or run.step == plan.steps:
+                line = _metrics_line(run, plan, recipe, terms, clock, marks)
+                line.update(validate.maybe(run))
+                metrics.write(json.dumps(line) + "\n")
+                metrics.flush()
+                advance(run.step, f"loss {line['loss']:.3f}  {line['samples_per_second']:.0f} samples/s")
+            stop = asked()
+            if stop or time.monotonic() - saved > config.save_seconds:
+                save(run, out, fingerprint)
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
 
 
 def _step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from distill import train as train_module
 from distill import training_step as step_module
 from distill.dataset import ReinforcedPairs
+from distill.interruption import stop_asked
 from distill.keep_list import write_keep_list
 from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.schedule import learning_rate
@@ -127,25 +130,47 @@ def test_same_settings_same_weights(world, straight, tmp_path):
     assert not same(straight, load_file(tmp_path / "other" / "model.safetensors"))
 
 
-@pytest.mark.parametrize("stop_at", [1, 5])
-def test_interrupted_runs_continue_to_the_same_weights(world, straight, tmp_path, monkeypatch, stop_at):
-    real, calls = train_module._step, []
+@pytest.mark.parametrize(("number", "stop_at"), [(signal.SIGINT, 1), (signal.SIGTERM, 5)])
+def test_a_signal_in_the_middle_of_a_step_stops_after_it_and_the_run_goes_on_to_the_same_weights(world, straight, tmp_path, monkeypatch, number, stop_at):
+    real, calls = Average.update, []
 
     def interrupted(*args):
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
         calls.append(1)
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), number)  # the weights have moved, the average has not
         return real(*args)
 
-    monkeypatch.setattr(train_module, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(world, tmp_path / "out"))
-    assert (tmp_path / "out" / "state.safetensors").exists()
-    monkeypatch.setattr(train_module, "_step", real)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have told us to ignore it
+    try:
+        monkeypatch.setattr(Average, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(world, tmp_path / "out"))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert len(calls) == stop_at
+    with safe_open(tmp_path / "out" / "state.safetensors", framework="pt") as state:
+        assert state.metadata()["step"] == str(stop_at)
     train(config(world, tmp_path / "out"))
     assert same(straight, load_file(tmp_path / "out" / "model.safetensors"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_the_second_signal_stops_at_once():
+    former = signal.getsignal(signal.SIGTERM)
+
+    def stubborn() -> None:
+        with stop_asked() as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not asked():
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        stubborn()
+    assert signal.getsignal(signal.SIGTERM) is former
 
 
 def test_a_killed_process_continues_to_the_same_weights(world, straight, tmp_path):
@@ -172,11 +197,10 @@ def test_other_settings_do_not_overwrite_a_run(world, straight, tmp_path, monkey
     with pytest.raises(TrainingError, match="trained with other settings"):
         train(config(world, world / "straight", samples=168))
     assert (world / "straight" / "model.safetensors").read_bytes() == before
-    real = train_module._step
-    monkeypatch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train_module, "stop_asked", lambda: contextlib.nullcontext(lambda: True))
     with pytest.raises(KeyboardInterrupt):
         train(config(world, tmp_path / "half"))
-    monkeypatch.setattr(train_module, "_step", real)
+    monkeypatch.undo()
     with pytest.raises(TrainingError, match="unfinished run with other settings"):
         train(config(world, tmp_path / "half", seed=5))
 

@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM as a question that a loop asks between two steps, so that what it saves is a whole step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Inside, the first SIGINT or SIGTERM only makes the yielded function say True; a second one is a KeyboardInterrupt at once.
+
+    Signals that are ignored stay so, and in a thread other than the main one nothing changes (Python gives signals to the main thread alone).
+
+    Example:
+        >>> with stop_asked() as asked:
+        ...     while not done and not asked():
+        ...         step()
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    handled = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                handled[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, former in handled.items():
+            signal.signal(number, former)
