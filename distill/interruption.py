@@ -11,7 +11,8 @@ from types import FrameType
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT or SIGTERM only makes the yielded function say True; a second one is a KeyboardInterrupt at once.
+    """Inside, SIGINT and SIGTERM only make the yielded function say True; a further SIGINT is a KeyboardInterrupt at once. (A further SIGTERM is
+    what a launcher sends after a Ctrl-C that its processes have seen themselves.)
 
     Signals that are ignored stay so, and in a thread other than the main one nothing changes (Python gives signals to the main thread alone).
 
@@ -23,7 +24,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if seen:
+        if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)
 

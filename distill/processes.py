@@ -5,9 +5,11 @@ Each process computes the loss of the whole batch from everybody's embeddings an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,20 +45,52 @@ class Processes:
         return found
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], whole: Iterable[nn.Parameter] = ()) -> None:
-        """Replace each gradient by its sum over processes. `whole`: parameters whose gradient each process has whole already.
+        """Replace each gradient by its sum over processes. A parameter has one in every process or in none.
 
-        A parameter without a gradient here counts as zero; without one in any process it gets a zero.
+        Args:
+            whole: parameters whose gradient each process has whole already.
         """
         if self.world == 1:
             return
         complete = {id(parameter) for parameter in whole}
-        for parameter in (parameters := list(parameters)):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if id(parameter) in complete:
-                parameter.grad /= self.world
-        for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+                if id(parameter) in complete:
+                    parameter.grad /= self.world
+        for bucket in _buckets(gradients):
             self._sum(bucket)
+
+    def gather_array(self, values: np.ndarray) -> np.ndarray:
+        """(b, …) -> (world * b, …) in order of rank."""
+        return values if self.world == 1 else self.gather([torch.from_numpy(np.ascontiguousarray(values))])[0].numpy()
+
+    def any(self, answer: bool) -> bool:
+        """Whether any process says yes."""
+        return answer if self.world == 1 else self.total(int(answer)) > 0
+
+    def total(self, count: int) -> int:
+        """The sum over processes."""
+        if self.world == 1:
+            return count
+        tensor = torch.tensor([count], device=self._device())
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by that of the first process."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def _device(self) -> str:
+        return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
     def mean(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over processes."""
@@ -71,6 +105,48 @@ class Processes:
         dist.all_reduce(flat)
         for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(values.view_as(tensor))
+
+
+ALONE = Processes()
+
+
+def join() -> bool:
+    """Join the processes that torchrun started, if it did (it sets RANK and WORLD_SIZE): NCCL where there is a GPU, else gloo.
+
+    Returns:
+        Whether this process has joined now, and is to leave at its end.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return False
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return True
+
+
+def start_processes(count: int, arguments: list[str]) -> int:
+    """`mclip ARGUMENTS` in each of `count` processes of this machine, by torchrun. Returns the exit status: that of the first that failed.
+
+    A signal goes on to the processes, which have half a minute to save what they have.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    # Parsed without the command's own arguments: torchrun would read some of them as abbreviations of its own.
+    launch = get_args_parser().parse_args(["--standalone", "--nproc-per-node", str(count), "-m", "mobileclip.cli"])
+    launch.training_script_args = arguments
+    try:
+        run(launch)
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
+    except SignalException:
+        return 130
+    return 0
+
+
+def leave() -> None:
+    """Leave them again."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:

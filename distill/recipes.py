@@ -45,6 +45,10 @@ class Recipe:
     text_samples: int = 0
     """Captions seen by the text tower alone, before the pairs: it learns the teachers' text embeddings (no pictures). They count as samples, and are at most a tenth of them."""
 
+    ghost_batch: int = 0
+    """Samples that go through the towers together: BatchNorm's statistics are theirs, and memory is needed for so many. The gradient is that of the
+    whole batch (distill/accumulation.py). 0: all samples of a process together."""
+
     def __post_init__(self) -> None:
         if self.batch_size < 2 or not 0 < self.learning_rate < 1 or not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
             raise RecipeError(
@@ -63,6 +67,9 @@ class Recipe:
             raise RecipeError(f"a recipe's logit_scales need one number per teacher, found {len(self.logit_scales)} for {', '.join(self.teachers)}")
         if self.max_augmentations < 0 or self.shuffle_shards < 0:
             raise RecipeError(f"a recipe's max_augmentations and shuffle_shards are at least 0, found {self.max_augmentations} and {self.shuffle_shards}")
+
+        if self.ghost_batch and (self.ghost_batch < 2 or self.batch_size % self.ghost_batch):
+            raise RecipeError(f"a recipe's ghost_batch of {self.ghost_batch} does not divide its batch_size of {self.batch_size}; choose a divisor of at least 2, or 0")
 
     @property
     def reinforced(self) -> bool:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from distill.dataset import Batch, ReinforcedPairs
+from distill.ghost_norm import ghost_batches
 from distill.interruption import stop_asked
 from distill.keep_list import read_keep_list
 from distill.loader import load
+from distill.processes import Processes, join, leave, start_processes
 from distill.progress import progress
 from distill.recipes import Recipe, load_recipe
 from distill.schedule import Plan, learning_rate
@@ -49,7 +51,7 @@ from runtime.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 VARIATIONS = ("backbone", "image_size", "mask", "vocab_size", "embedding_dim")
-OVERRIDES = ("batch_size", "learning_rate", "caption_mix", "teachers", "logit_scales", "max_augmentations")
+OVERRIDES = ("batch_size", "learning_rate", "caption_mix", "teachers", "logit_scales", "max_augmentations", "ghost_batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,10 @@ class TrainConfig:
     """Overrides the recipe: one per followed teacher."""
     max_augmentations: int | None = None
     """Overrides the recipe: draw from the first so many stored views."""
+    ghost_batch: int | None = None
+    """Overrides the recipe: samples that go through the towers together."""
+    nproc: int = 1
+    """Processes on this machine that share every batch; the result is that of one, to rounding. For several machines use torchrun."""
 
     def resolved_model(self) -> ModelConfig:
         """What is trained: the checkpoint's model, or the preset with its variations."""
@@ -132,8 +138,10 @@ def train(config: TrainConfig) -> Path:
         TrainingError: the folder holds a run with other settings, or the loss is no longer finite.
     """
     torch.set_num_threads(config.threads)
+    processes = Processes.joined()
     recipe = config.resolved_recipe()
     plan = Plan.of(config.samples, recipe)
+    ghost_batches(recipe.batch_size, recipe.ghost_batch, processes.rank, processes.world)  # refuses what cannot be shared
     keep = read_keep_list(config.keep) if config.keep is not None else None
     pairs, store = open_pairs(config.pairs), open_store(config.store)
     followed = follow(store, recipe)
@@ -142,18 +150,30 @@ def train(config: TrainConfig) -> Path:
     if finished(out, fingerprint):
         logger.info("%s is complete", out)
         return out
+    processes.wait()  # nobody writes before all have looked
     torch.manual_seed(config.seed)
-    model, tokenizer_path, inherited = _make_model(config, out)
+    model, tokenizer_path, inherited = _make_model(config, out, processes)
     data = ReinforcedPairs(
         pairs, store, preprocess_config(model.config), _tokenizer(model.config, tokenizer_path), seed=config.seed, caption_mix=recipe.caption_mix,
         teachers=followed.numbers, max_augmentations=recipe.max_augmentations, shuffle_shards=recipe.shuffle_shards, keep=keep,
+        rank=processes.rank, world=processes.world,
     )  # fmt: skip
     run = start(model, recipe)
-    restore(run, out, fingerprint)
-    _loop(run, plan, recipe, config, data, followed, out, fingerprint)
+    if processes.rank == 0:
+        restore(run, out, fingerprint)
+        processes.wait()
+    else:
+        processes.wait()
+        restore(run, out, fingerprint, metrics=False)
+    processes.agree([*model.state_dict().values(), *run.average.state_dict().values()])
+    _loop(run, plan, recipe, config, data, followed, out, fingerprint, processes)
+    unreadable = processes.total(data.unreadable_count)
+    if processes.rank:
+        processes.wait()
+        return out
     figures = {
         "samples": plan.samples(plan.steps), "steps": plan.steps, "seconds": round(run.seconds, 1), "pairs": len(data), "missing": data.missing,
-        "dropped": data.dropped, "unreadable_count": data.unreadable_count, "unreadable": dict(sorted(data.unreadable.items())), **_time_figures(out),
+        "dropped": data.dropped, "unreadable_count": unreadable, "processes": processes.world, "unreadable": dict(sorted(data.unreadable.items())), **_time_figures(out),
     }  # fmt: skip
     run.average.logit_scale.data.copy_(run.model.logit_scale.data)
     save_checkpoint(
@@ -162,15 +182,19 @@ def train(config: TrainConfig) -> Path:
                **inherited, "store_licences": sorted({store.teachers[k].licence for k in followed.numbers})},
     )  # fmt: skip
     (out / STATE).unlink(missing_ok=True)
+    processes.wait()
     return out
 
 
 def _loop(
-    run: Run, plan: Plan, recipe: Recipe, config: TrainConfig, data: ReinforcedPairs, followed: Followed, out: Path, fingerprint: str
+    run: Run, plan: Plan, recipe: Recipe, config: TrainConfig, data: ReinforcedPairs, followed: Followed, out: Path, fingerprint: str, processes: Processes
 ) -> None:
-    """Steps until the plan is done; the state is saved every `save_seconds`, and on an interruption."""
+    """Steps until the plan is done; the state is saved every `save_seconds`, and on an interruption. The first process alone writes."""
     needs_basis = recipe.feature or recipe.text_samples
     basis = basis_of(data.store, data.rows, followed.numbers, run.model.config.embed_dim) if needs_basis else None
+    if basis is not None:
+        processes.agree([basis])
+    first = processes.rank == 0
     validate = _Validation(config, plan)
     clock = {"data": 0.0, "model": 0.0, "optimizer": 0.0}
     log_every = max(1, plan.steps // 200)
@@ -178,23 +202,23 @@ def _loop(
     before = run.seconds
     marks: dict[str, float] = {}
     with (
-        open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics,
-        progress(f"train {out.name}", plan.steps, run.step) as advance,
+        open(out / "metrics.jsonl" if first else os.devnull, "a", encoding="utf-8") as metrics,
+        progress(f"train {out.name}", plan.steps, run.step) if first else nullcontext(lambda *_: None) as advance,
         closing(load(data, plan.requests(run.step), config.prefetch_threads)) as batches,
         stop_asked() as asked,
     ):
         while run.step < plan.steps:
-            terms = _step(run, plan, recipe, batches, data.store, followed, basis, clock)
+            terms = _step(run, plan, recipe, batches, data.store, followed, basis, clock, processes, config.seed)
             run.step += 1
             run.seconds = before + time.monotonic() - started
-            if run.step % log_every == 0 or run.step == plan.steps:
+            if first and (run.step % log_every == 0 or run.step == plan.steps):
                 line = _metrics_line(run, plan, recipe, terms, clock, marks)
                 line.update(validate.maybe(run))
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
                 advance(run.step, f"loss {line['loss']:.3f}  {line['samples_per_second']:.0f} samples/s")
-            stop = asked()
-            if stop or time.monotonic() - saved > config.save_seconds:
+            stop = processes.any(asked())
+            if first and (stop or time.monotonic() - saved > config.save_seconds):
                 save(run, out, fingerprint)
                 saved = time.monotonic()
             if stop:
@@ -202,14 +226,15 @@ def _loop(
 
 
 def _step(
-    run: Run, plan: Plan, recipe: Recipe, batches: Iterator[Batch], store: Store, followed: Followed, basis: Tensor | None, clock: dict[str, float]
+    run: Run, plan: Plan, recipe: Recipe, batches: Iterator[Batch], store: Store, followed: Followed, basis: Tensor | None, clock: dict[str, float],
+    processes: Processes, seed: int,
 ) -> dict[str, Tensor]:
     """One optimiser step; returns the loss terms, detached. The clock's "data" is the time that the step waited for its batch."""
     began = time.perf_counter()
     batch = next(batches)
     loaded = time.perf_counter()
     try:
-        terms = training_step(run, plan, recipe, batch, followed.logit_scales, basis)
+        terms = training_step(run, plan, recipe, batch, followed.logit_scales, basis, processes, seed)
     except TrainingError as error:
         keys = [store.keys[row] for row in batch.rows]
         raise TrainingError(
@@ -224,7 +249,7 @@ def _step(
     return terms
 
 
-def _make_model(config: TrainConfig, out: Path) -> tuple[ImageTextModel, Path, dict[str, Any]]:
+def _make_model(config: TrainConfig, out: Path, processes: Processes) -> tuple[ImageTextModel, Path, dict[str, Any]]:
     """The student, the path of its tokenizer.json, and what the receipt says about where its weights come from."""
     if config.init is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -250,8 +275,11 @@ def _tokenizer(config: ModelConfig, path: Path) -> Tokenizer:
 
 def _fingerprint(config: TrainConfig, recipe: Recipe, store: Store) -> str:
     """Of everything that decides the weights; a folder continues only its own run."""
+    decided = dataclasses.asdict(recipe)
+    if not recipe.ghost_batch:
+        del decided["ghost_batch"]  # as it was before there were any
     facts = {
-        "recipe": dataclasses.asdict(recipe), "model": config_to_dict(config.resolved_model()), "samples": config.samples, "seed": config.seed,
+        "recipe": decided, "model": config_to_dict(config.resolved_model()), "samples": config.samples, "seed": config.seed,
         "store": {"parts": store.index.get("parts"), "seed": store.index.get("seed")}, "init": _weights_hash(config.init),
         "keep": None if config.keep is None else file_sha256(Path(config.keep)),
     }  # fmt: skip
@@ -319,7 +347,17 @@ def main(argv: list[str]) -> int:
     import tyro
 
     config = tyro.cli(TrainConfig, args=argv, prog="mclip train", description=__doc__)
-    out = train(config)
+    if config.nproc > 1 and "RANK" not in os.environ:
+        return start_processes(config.nproc, ["train", *argv])
+    joined = join()
+    try:
+        out = train(config)
+        rank = Processes.joined().rank
+    finally:
+        if joined:
+            leave()
+    if rank:
+        return 0
     figures = json.loads((out / "receipt.json").read_text(encoding="utf-8"))["figures"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["time_share"].items())
     sys.stdout.write(

@@ -87,17 +87,17 @@ def save(run: Run, out: Path, fingerprint: str) -> None:
     write_state(out, {"model": run.model, "average": run.average}, run.optimizer, fingerprint, run.step, run.seconds)
 
 
-def restore(run: Run, out: Path, fingerprint: str) -> None:
-    """Continue from the saved state, if there is one; metrics written after it are dropped."""
-    metrics = out / "metrics.jsonl"
+def restore(run: Run, out: Path, fingerprint: str, metrics: bool = True) -> None:
+    """Continue from the saved state, if there is one; metrics written after it are dropped (unless that is another process's work)."""
+    lines = out / "metrics.jsonl"
     found = read_state(out, {"model": run.model, "average": run.average}, run.optimizer, fingerprint)
-    if found is None:
-        metrics.unlink(missing_ok=True)
-        return
-    run.step, run.seconds = found
-    if metrics.exists():
-        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= run.step]
-        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    if found is not None:
+        run.step, run.seconds = found
+    if metrics and found is None:
+        lines.unlink(missing_ok=True)
+    elif metrics and lines.exists():
+        kept = [line for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= run.step]
+        lines.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def write_state(out: Path, modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, fingerprint: str, step: int, seconds: float) -> None:

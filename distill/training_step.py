@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.accumulation import accumulate
 from distill.dataset import Batch
+from distill.ghost_norm import ghost_batches, one_update
 from distill.losses import affinity_loss, clip_loss, ensemble_basis, ensemble_target, feature_loss
+from distill.processes import ALONE, Processes
 from distill.recipes import Recipe
 from distill.schedule import Plan, learning_rate
 from distill.store import Store
@@ -52,21 +55,60 @@ def follow(store: Store, recipe: Recipe) -> Followed:
     return Followed(numbers=numbers, logit_scales=tuple(float(scale) for scale in scales))
 
 
-def training_step(run: Run, plan: Plan, recipe: Recipe, batch: Batch, logit_scales: tuple[float, ...], basis: Tensor | None) -> dict[str, Tensor]:
+def training_step(
+    run: Run, plan: Plan, recipe: Recipe, batch: Batch, logit_scales: tuple[float, ...], basis: Tensor | None, processes: Processes = ALONE, seed: int = 0
+) -> dict[str, Tensor]:
     """Returns the loss terms, detached. A batch without pictures trains the text tower alone.
+
+    With several processes `batch` is this one's share; loss and gradient are those of the whole batch.
 
     Raises:
         TrainingError: the loss is not finite; nothing has been changed.
     """
     run.model.train()
     text_only = run.step < plan.text_steps
+    if recipe.ghost_batch or processes.world > 1:
+        return _step_in_pieces(run, recipe, batch, logit_scales, basis, text_only, processes, seed)
     terms = text_loss(run.model, batch, basis) if text_only else pair_losses(run.model, batch, recipe, logit_scales, basis)
-    loss = torch.stack([getattr(recipe, name) * value for name, value in terms.items()]).sum()
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {loss.item()} at step {run.step + 1}")
+    loss = _total(terms, recipe, run.step)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     return {name: value.detach() for name, value in terms.items()}
+
+
+def _total(terms: dict[str, Tensor], recipe: Recipe, step: int) -> Tensor:
+    loss = torch.stack([getattr(recipe, name) * value for name, value in terms.items()]).sum()
+    if not torch.isfinite(loss):
+        raise TrainingError(f"the loss is {loss.item()} at step {step + 1}")
+    return loss
+
+
+def _step_in_pieces(
+    run: Run, recipe: Recipe, batch: Batch, logit_scales: tuple[float, ...], basis: Tensor | None, text_only: bool, processes: Processes, seed: int
+) -> dict[str, Tensor]:
+    """The same for ghost batches and several processes: what the loss compares is gathered, what the towers compute is not."""
+    model, found = run.model, {}
+    images, texts = ([torch.from_numpy(processes.gather_array(array)) for array in arrays] for arrays in (batch.teacher_images, batch.teacher_texts))
+    same = batch.same if batch.texts is None else np.unique(processes.gather_array(batch.texts), return_inverse=True)[1]
+
+    def encode(_: int, rows: slice) -> tuple[Tensor, ...]:
+        text = encode_texts(model, batch.tokens[rows])
+        return (text,) if text_only else (model.encode_image(torch.from_numpy(batch.pixels[rows])), text)
+
+    def loss(*embeddings: Tensor) -> Tensor:
+        if text_only:
+            terms = _text_terms(embeddings[0], texts, basis)
+        else:
+            terms = _pair_terms(*embeddings, model.logit_scale.exp(), torch.from_numpy(same), images, texts, recipe, logit_scales, basis)
+        found.update({name: value.detach() for name, value in terms.items()})
+        return _total(terms, recipe, run.step)
+
+    pieces = ghost_batches(len(batch.tokens) * processes.world, recipe.ghost_batch, processes.rank, processes.world)
+    run.optimizer.zero_grad(set_to_none=True)
+    with one_update(model, processes.mean if processes.world > 1 else None):
+        accumulate(encode, pieces, loss, seed=seed, step=run.step, exchange=processes if processes.world > 1 else None)
+    processes.sum_gradients(model.parameters(), whole=[model.logit_scale])
+    return found
 
 
 def update(run: Run, plan: Plan, recipe: Recipe) -> None:
@@ -84,9 +126,16 @@ def pair_losses(model: ImageTextModel, batch: Batch, recipe: Recipe, logit_scale
     """The recipe's loss terms on B pairs, unweighted."""
     image, text, scale = model.encode_image(torch.from_numpy(batch.pixels)), encode_texts(model, batch.tokens), model.logit_scale.exp()
     images, texts = _tensors(batch.teacher_images), _tensors(batch.teacher_texts)
+    return _pair_terms(image, text, scale, torch.from_numpy(batch.same), images, texts, recipe, logit_scales, basis)
+
+
+def _pair_terms(
+    image: Tensor, text: Tensor, scale: Tensor, same: Tensor, images: list[Tensor], texts: list[Tensor],
+    recipe: Recipe, logit_scales: tuple[float, ...], basis: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     terms: dict[str, Tensor] = {}
     if recipe.contrastive:
-        terms["contrastive"] = clip_loss(image, text, scale, torch.from_numpy(batch.same))
+        terms["contrastive"] = clip_loss(image, text, scale, same)
     if recipe.affinity:
         terms["affinity"] = affinity_loss(image, text, scale, images, texts, logit_scales)
     if recipe.feature:
@@ -98,8 +147,12 @@ def pair_losses(model: ImageTextModel, batch: Batch, recipe: Recipe, logit_scale
 
 def text_loss(model: ImageTextModel, batch: Batch, basis: Tensor | None) -> dict[str, Tensor]:
     """The text tower alone: its embeddings follow the ensemble's text embeddings."""
+    return _text_terms(encode_texts(model, batch.tokens), _tensors(batch.teacher_texts), basis)
+
+
+def _text_terms(text: Tensor, texts: list[Tensor], basis: Tensor | None) -> dict[str, Tensor]:
     assert basis is not None
-    return {"feature": feature_loss(encode_texts(model, batch.tokens), ensemble_target(_tensors(batch.teacher_texts), basis))}
+    return {"feature": feature_loss(text, ensemble_target(texts, basis))}
 
 
 def encode_texts(model: ImageTextModel, tokens: np.ndarray, groups: int = 4) -> Tensor:

@@ -157,20 +157,23 @@ def test_a_signal_in_the_middle_of_a_step_stops_after_it_and_the_run_goes_on_to_
     assert steps == sorted(set(steps))
 
 
-def test_the_second_signal_stops_at_once():
-    former = signal.getsignal(signal.SIGTERM)
-
+def test_a_second_ctrl_c_stops_at_once():
     def stubborn() -> None:
         with stop_asked() as asked:
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not asked():
-                time.sleep(0.001)
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                while not asked():
+                    time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt):
-        stubborn()
-    assert signal.getsignal(signal.SIGTERM) is former
+    former, terminated = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stubborn()
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (signal.default_int_handler, terminated)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_a_killed_process_continues_to_the_same_weights(world, straight, tmp_path):
