@@ -342,12 +342,32 @@ class _Validation:
         return {"validation": quick_recall(run.average, self.config.validation, Path(self.config.out))}
 
 
+def check(config: TrainConfig, world: int) -> bool:
+    """Open all that a run of `world` processes needs, so that what does not fit is said once and before any of them starts. True: it is done.
+
+    Raises:
+        RecipeError, PairsError, StoreError, CheckpointError, TrainingError: as `train`.
+    """
+    recipe = config.resolved_recipe()
+    Plan.of(config.samples, recipe)
+    ghost_batches(recipe.batch_size, recipe.ghost_batch, 0, world)
+    if config.keep is not None:
+        read_keep_list(config.keep)
+    open_pairs(config.pairs)
+    store = open_store(config.store)
+    follow(store, recipe)
+    return finished(Path(config.out), _fingerprint(config, recipe, store))
+
+
 def main(argv: list[str]) -> int:
     """`mclip train`."""
     import tyro
 
     config = tyro.cli(TrainConfig, args=argv, prog="mclip train", description=__doc__)
     if config.nproc > 1 and "RANK" not in os.environ:
+        if check(config, config.nproc):
+            sys.stdout.write(f"{config.out} is complete\n")
+            return 0
         return start_processes(config.nproc, ["train", *argv])
     joined = join()
     try:

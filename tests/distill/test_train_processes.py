@@ -91,8 +91,8 @@ def test_ghost_batches_of_the_whole_batch_are_the_plain_step(world: Path, tmp_pa
 
 def test_what_cannot_be_shared_is_one_sentence(world: Path, tmp_path: Path) -> None:
     done = start(world, tmp_path / "out", "--nproc", "5")
-    assert done.returncode != 0
-    assert "a batch of 12 cannot be shared by 5 processes" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: a batch of 12 cannot be shared by 5 processes; choose a batch_size that is a multiple of it\n"
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match="ghost_batch of 5 does not divide its batch_size of 12"):
         train(settings(world, tmp_path / "out", ghost_batch=5))
