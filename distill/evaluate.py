@@ -2,6 +2,7 @@
 
     mclip eval CKPT --data PAIRS/test
     mclip eval BUNDLE --data PAIRS/test --task zero-shot --json
+    mclip eval --compare A B --data PAIRS/test            which is better (distill/comparison.py)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tyro
 
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
 from mobileclip.model import ImageTextModel
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, RecipeError
 from runtime.evaluation import Encoder, retrieval, zero_shot
 from runtime.metrics import ranks, recall_at_k
 from runtime.pairs import Pairs, open_pairs
@@ -125,10 +126,18 @@ def _tokenizer(folder: str, context_length: int) -> Tokenizer:
 class EvalConfig:
     """What to evaluate."""
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[str] = ""
     """Checkpoint or bundle folder."""
     data: str
     """Pairs folder."""
+    compare: tuple[str, str] | None = None
+    """Two checkpoints or bundles, or folders of several seeds of each: says whether the second is better, worse, or not significantly different."""
+    splits: tuple[str, ...] = ()
+    """Splits of the pairs to compare on; empty: all that there are."""
+    k: int = 5
+    """Of the recall that is compared."""
+    direction: Literal["text_to_image", "image_to_text"] = "text_to_image"
+    """What is compared."""
     task: Literal["retrieval", "zero-shot"] = "retrieval"
     seed: int = 0
     """Of the bootstrap."""
@@ -141,6 +150,17 @@ def main(argv: list[str]) -> int:
     """`mclip eval CKPT|BUNDLE --data PAIRS`."""
     config = tyro.cli(EvalConfig, args=argv, prog="mclip eval", description=__doc__)
     torch.set_num_threads(config.threads)
+    if (config.compare is None) == (not config.model):
+        raise RecipeError("mclip eval takes either one model or --compare with two; give a checkpoint or bundle folder, or --compare A B")
+    if config.compare is not None:
+        from distill.comparison import compare_sides, format_comparison
+
+        compared = compare_sides(
+            config.compare, open_pairs(config.data), k=config.k, direction=config.direction, splits=config.splits, seed=config.seed, threads=config.threads
+        )
+        said = json.dumps({"compare": list(config.compare), **compared}) + "\n" if config.json else format_comparison(compared, config.compare)
+        sys.stdout.write(said)
+        return 0
     encoder, pairs = open_encoder(config.model, config.threads), open_pairs(config.data)
     result = retrieval(encoder, pairs, seed=config.seed) if config.task == "retrieval" else zero_shot(encoder, pairs)
     if config.json:
