@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+IMPATIENT = 1.0
+
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM only make the yielded function say True; a further SIGINT is a KeyboardInterrupt at once. (A further SIGTERM is
-    what a launcher sends after a Ctrl-C that its processes have seen themselves.)
+    """Inside, SIGINT and SIGTERM only make the yielded function say True; a SIGINT that comes IMPATIENT seconds later or more is a KeyboardInterrupt
+    at once. (What comes sooner is a launcher, which hands on a Ctrl-C that its processes have seen themselves.)
 
     Signals that are ignored stay so, and in a thread other than the main one nothing changes (Python gives signals to the main thread alone).
 
@@ -21,12 +24,12 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
         ...     while not done and not asked():
         ...         step()
     """
-    seen: list[int] = []
+    seen: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if seen and number == signal.SIGINT:
+        if seen and number == signal.SIGINT and time.monotonic() - seen[0] > IMPATIENT:
             raise KeyboardInterrupt
-        seen.append(number)
+        seen.append(time.monotonic())
 
     handled = {}
     if threading.current_thread() is threading.main_thread():

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from distill import train as train_module
 from distill import training_step as step_module
 from distill.dataset import ReinforcedPairs
-from distill.interruption import stop_asked
+from distill.interruption import IMPATIENT, stop_asked
 from distill.keep_list import write_keep_list
 from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.schedule import learning_rate
@@ -160,17 +160,22 @@ def test_a_signal_in_the_middle_of_a_step_stops_after_it_and_the_run_goes_on_to_
 def test_a_second_ctrl_c_stops_at_once():
     def stubborn() -> None:
         with stop_asked() as asked:
-            for number in (signal.SIGTERM, signal.SIGTERM):
+            for number in (signal.SIGTERM, signal.SIGINT):  # as a launcher does
                 os.kill(os.getpid(), number)
                 while not asked():
                     time.sleep(0.001)
+            time.sleep(IMPATIENT + 0.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            passed.append(1)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
+    passed: list[int] = []
     former, terminated = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(KeyboardInterrupt):
             stubborn()
+        assert passed
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (signal.default_int_handler, terminated)
     finally:
         signal.signal(signal.SIGINT, former)
