@@ -11,7 +11,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -62,8 +62,8 @@ class Batch:
     """Per followed teacher (B, E_k) float32 of unit norm: the view's embedding. Empty where only texts were asked for."""
     teacher_texts: tuple[np.ndarray, ...] = ()
     """Per followed teacher (B, E_k) float32 of unit norm: the caption's embedding."""
-    texts: np.ndarray | None = None
-    """(B,) int64, equal where the caption's text is, in every process; None where one process has the whole batch."""
+    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(B,) int64, equal where the caption's text is, in every process; empty where one process has the whole batch."""
 
 
 class ReinforcedPairs:
@@ -183,7 +183,7 @@ class ReinforcedPairs:
             pixels=np.zeros((0, 3, side, side), np.float32) if pixels is None else pixels,
             teacher_images=() if pixels is None else tuple(self.store.image_embeddings(k, samples.rows, samples.augs) for k in self.teachers),
             teacher_texts=tuple(self.store.text_embeddings(k, samples.rows, samples.captions) for k in self.teachers),
-            texts=self.tokens.identities(samples.rows, samples.captions) if self.world > 1 else None,
+            texts=self.tokens.identities(samples.rows, samples.captions) if self.world > 1 else np.zeros(0, np.int64),
         )  # fmt: skip
 
     def empty_pixels(self, count: int) -> np.ndarray:

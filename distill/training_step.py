@@ -89,7 +89,7 @@ def _step_in_pieces(
     """The same for ghost batches and several processes: what the loss compares is gathered, what the towers compute is not."""
     model, found = run.model, {}
     images, texts = ([torch.from_numpy(processes.gather_array(array)) for array in arrays] for arrays in (batch.teacher_images, batch.teacher_texts))
-    same = batch.same if batch.texts is None else np.unique(processes.gather_array(batch.texts), return_inverse=True)[1]
+    same = np.unique(processes.gather_array(batch.texts), return_inverse=True)[1] if processes.world > 1 else batch.same
 
     def encode(_: int, rows: slice) -> tuple[Tensor, ...]:
         text = encode_texts(model, batch.tokens[rows])

@@ -286,7 +286,8 @@ def test_no_more_than_asked_for_is_made_ahead(world, monkeypatch):
 def test_memory_is_used_again_but_never_while_anybody_holds_it(world, straight, threads):
     batches, kept, blocks = load(make(world), requests(0, 400, size=10), threads), [], set()
     for n, batch in enumerate(batches):
-        blocks.add(batch.pixels.ctypes.data)
+        if batch.pixels.size:  # an empty array lies anywhere
+            blocks.add(batch.pixels.ctypes.data)
         if n in (0, 5, 9):  # held as an array, as a slice of it, as a tensor
             kept.append({0: batch.pixels, 5: batch.pixels[3:7, 1], 9: torch.from_numpy(batch.pixels)}[n])
     assert len(blocks) < 20
