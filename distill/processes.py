@@ -62,9 +62,9 @@ class Processes:
         for bucket in _buckets(gradients):
             self._sum(bucket)
 
-    def gather_array(self, values: np.ndarray) -> np.ndarray:
-        """(b, …) -> (world * b, …) in order of rank."""
-        return values if self.world == 1 else self.gather([torch.from_numpy(np.ascontiguousarray(values))])[0].numpy()
+    def gather_array(self, values: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+        """(b, …) -> (world * b, …) in order of rank, sent from the memory of `device` (NCCL sends a GPU's only)."""
+        return values if self.world == 1 else self.gather([torch.from_numpy(np.ascontiguousarray(values)).to(device)])[0].cpu().numpy()
 
     def any(self, answer: bool) -> bool:
         """Whether any process says yes."""

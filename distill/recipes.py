@@ -8,9 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from distill.caption_sampling import check_mix
 from runtime.errors import RecipeError
+
+Gate = Literal["none", "teacher", "own"]
+GATES: tuple[str, ...] = get_args(Gate)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +48,15 @@ class Recipe:
     """Shards whose samples are shuffled together, so that a reader touches so many at a time; 0: all."""
     text_samples: int = 0
     """Captions seen by the text tower alone, before the pairs: it learns the teachers' text embeddings (no pictures). They count as samples, and are at most a tenth of them."""
-
     ghost_batch: int = 0
     """Samples that go through the towers together: BatchNorm's statistics are theirs, and memory is needed for so many. The gradient is that of the
     whole batch (distill/accumulation.py). 0: all samples of a process together."""
+    gate: Gate = "none"
+    """Who says how much a pair counts in the contrastive loss: nobody, the teachers' stored embeddings (ALIP), or the student's own, which needs none."""
+    gate_sharpness: float = 2.0
+    """How fast the weight falls with the similarity below the typical one: exp(gate_sharpness * difference)."""
+    nested_dims: tuple[int, ...] = ()
+    """Lengths that the embeddings may be cut to afterwards: every loss is the mean over them (Matryoshka). Empty: the whole length alone."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or not 0 < self.learning_rate < 1 or not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
@@ -71,10 +80,15 @@ class Recipe:
         if self.ghost_batch and (self.ghost_batch < 2 or self.batch_size % self.ghost_batch):
             raise RecipeError(f"a recipe's ghost_batch of {self.ghost_batch} does not divide its batch_size of {self.batch_size}; choose a divisor of at least 2, or 0")
 
+        if self.gate not in GATES or not 0 < self.gate_sharpness < math.inf:
+            raise RecipeError(f"a recipe's gate is one of {', '.join(GATES)} and its gate_sharpness above 0, found '{self.gate}' and {self.gate_sharpness}")
+        if not all(isinstance(dim, int) and dim >= 1 for dim in self.nested_dims) or sorted(set(self.nested_dims)) != list(self.nested_dims):
+            raise RecipeError(f"a recipe's nested_dims are different lengths in rising order, found {self.nested_dims}")
+
     @property
     def reinforced(self) -> bool:
         """True when the recipe reads teachers' embeddings."""
-        return self.affinity > 0 or self.feature > 0 or self.text_samples > 0
+        return self.affinity > 0 or self.feature > 0 or self.text_samples > 0 or self.gate == "teacher"
 
 
 def plain() -> Recipe:

@@ -25,18 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.compute import Compute, Precision, checkpoint_blocks, compile_towers, device_of
 from distill.dataset import Batch, ReinforcedPairs
 from distill.ghost_norm import ghost_batches
 from distill.interruption import stop_asked
 from distill.keep_list import read_keep_list
 from distill.loader import load
+from distill.objective import basis_of, typical_similarity
 from distill.processes import Processes, join, leave, start_processes
 from distill.progress import progress
 from distill.recipes import Recipe, load_recipe
 from distill.schedule import Plan, learning_rate
 from distill.store import Store, open_store
 from distill.training_state import STATE, Run, finished, restore, save, start
-from distill.training_step import Followed, basis_of, follow, training_step, update
+from distill.training_step import Followed, Guide, follow, training_step, update
 from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, preprocess_config, read_config, save_checkpoint
 from mobileclip.config import ModelConfig, config_to_dict
 from mobileclip.inherit import inherit
@@ -50,8 +52,10 @@ from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-VARIATIONS = ("backbone", "image_size", "mask", "vocab_size", "embedding_dim")
+VARIATIONS = ("backbone", "image_size", "mask", "vocab_size", "embedding_dim", "embed_dim")
 OVERRIDES = ("batch_size", "learning_rate", "caption_mix", "teachers", "logit_scales", "max_augmentations", "ghost_batch")
+LATER = ("ghost_batch", "gate", "gate_sharpness", "nested_dims")
+"""Settings of a recipe that came later: a run that leaves them alone is the run that it was before there were any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +82,8 @@ class TrainConfig:
     """Ids of the token table (the first merges of CLIP's vocabulary), instead of the preset's: 514 to 49408."""
     embedding_dim: int | None = None
     """Width of the token table, instead of the preset's; a narrow one is followed by a linear map. 0: the tower's own width."""
+    embed_dim: int | None = None
+    """Dimensions of the shared space, instead of the preset's."""
     init: str | None = None
     """A checkpoint folder to start from, instead of random weights. It says what the model is."""
     inherit: str | None = None
@@ -111,6 +117,14 @@ class TrainConfig:
     """Overrides the recipe: draw from the first so many stored views."""
     ghost_batch: int | None = None
     """Overrides the recipe: samples that go through the towers together."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    precision: Precision = "fp32"
+    """bf16: the towers compute in bfloat16 (autocast); weights, losses and the average stay float32."""
+    compile: bool = False
+    """torch.compile the towers: minutes before the first step, faster ones after it."""
+    grad_checkpointing: bool = False
+    """Keep only what goes into each block of the towers and compute the rest again for the gradient: less memory, a third more time."""
     nproc: int = 1
     """Processes on this machine that share every batch; the result is that of one, to rounding. For several machines use torchrun."""
 
@@ -141,6 +155,7 @@ def train(config: TrainConfig) -> Path:
     processes = Processes.joined()
     recipe = config.resolved_recipe()
     plan = Plan.of(config.samples, recipe)
+    compute = Compute(device=device_of(config.device), precision=config.precision, grad_checkpointing=config.grad_checkpointing)
     ghost_batches(recipe.batch_size, recipe.ghost_batch, processes.rank, processes.world)  # refuses what cannot be shared
     keep = read_keep_list(config.keep) if config.keep is not None else None
     pairs, store = open_pairs(config.pairs), open_store(config.store)
@@ -158,7 +173,7 @@ def train(config: TrainConfig) -> Path:
         teachers=followed.numbers, max_augmentations=recipe.max_augmentations, shuffle_shards=recipe.shuffle_shards, keep=keep,
         rank=processes.rank, world=processes.world,
     )  # fmt: skip
-    run = start(model, recipe)
+    run = start(model.to(compute.device), recipe)
     if processes.rank == 0:
         restore(run, out, fingerprint)
         processes.wait()
@@ -166,7 +181,12 @@ def train(config: TrainConfig) -> Path:
         processes.wait()
         restore(run, out, fingerprint, metrics=False)
     processes.agree([*model.state_dict().values(), *run.average.state_dict().values()])
-    _loop(run, plan, recipe, config, data, followed, out, fingerprint, processes)
+    if config.grad_checkpointing:
+        checkpoint_blocks(run.model)
+    if config.compile:
+        compile_towers(run.model)
+    guide = _guide(recipe, data, followed, run.model.config.embed_dim, compute, processes)
+    _loop(run, plan, recipe, config, data, guide, out, fingerprint, processes)
     unreadable = processes.total(data.unreadable_count)
     if processes.rank:
         processes.wait()
@@ -187,13 +207,9 @@ def train(config: TrainConfig) -> Path:
 
 
 def _loop(
-    run: Run, plan: Plan, recipe: Recipe, config: TrainConfig, data: ReinforcedPairs, followed: Followed, out: Path, fingerprint: str, processes: Processes
+    run: Run, plan: Plan, recipe: Recipe, config: TrainConfig, data: ReinforcedPairs, guide: Guide, out: Path, fingerprint: str, processes: Processes
 ) -> None:
     """Steps until the plan is done; the state is saved every `save_seconds`, and on an interruption. The first process alone writes."""
-    needs_basis = recipe.feature or recipe.text_samples
-    basis = basis_of(data.store, data.rows, followed.numbers, run.model.config.embed_dim) if needs_basis else None
-    if basis is not None:
-        processes.agree([basis])
     first = processes.rank == 0
     validate = _Validation(config, plan)
     clock = {"data": 0.0, "model": 0.0, "optimizer": 0.0}
@@ -208,7 +224,7 @@ def _loop(
         stop_asked() as asked,
     ):
         while run.step < plan.steps:
-            terms = _step(run, plan, recipe, batches, data.store, followed, basis, clock, processes, config.seed)
+            terms = _step(run, plan, recipe, batches, data.store, guide, clock, processes, config.seed)
             run.step += 1
             run.seconds = before + time.monotonic() - started
             if first and (run.step % log_every == 0 or run.step == plan.steps):
@@ -225,16 +241,23 @@ def _loop(
                 raise KeyboardInterrupt
 
 
+def _guide(recipe: Recipe, data: ReinforcedPairs, followed: Followed, dim: int, compute: Compute, processes: Processes) -> Guide:
+    basis = basis_of(data.store, data.rows, followed.numbers, dim).to(compute.device) if recipe.feature or recipe.text_samples else None
+    if basis is not None:
+        processes.agree([basis])
+    typical = typical_similarity(data.store, data.rows, followed.numbers) if recipe.gate == "teacher" else 0.0
+    return Guide(followed=followed, basis=basis, typical=typical, compute=compute)
+
+
 def _step(
-    run: Run, plan: Plan, recipe: Recipe, batches: Iterator[Batch], store: Store, followed: Followed, basis: Tensor | None, clock: dict[str, float],
-    processes: Processes, seed: int,
+    run: Run, plan: Plan, recipe: Recipe, batches: Iterator[Batch], store: Store, guide: Guide, clock: dict[str, float], processes: Processes, seed: int
 ) -> dict[str, Tensor]:
     """One optimiser step; returns the loss terms, detached. The clock's "data" is the time that the step waited for its batch."""
     began = time.perf_counter()
     batch = next(batches)
     loaded = time.perf_counter()
     try:
-        terms = training_step(run, plan, recipe, batch, followed.logit_scales, basis, processes, seed)
+        terms = training_step(run, plan, recipe, batch, guide, processes, seed)
     except TrainingError as error:
         keys = [store.keys[row] for row in batch.rows]
         raise TrainingError(
@@ -275,9 +298,8 @@ def _tokenizer(config: ModelConfig, path: Path) -> Tokenizer:
 
 def _fingerprint(config: TrainConfig, recipe: Recipe, store: Store) -> str:
     """Of everything that decides the weights; a folder continues only its own run."""
-    decided = dataclasses.asdict(recipe)
-    if not recipe.ghost_batch:
-        del decided["ghost_batch"]  # as it was before there were any
+    usual = dataclasses.asdict(Recipe())
+    decided = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in LATER or value != usual[name]}
     facts = {
         "recipe": decided, "model": config_to_dict(config.resolved_model()), "samples": config.samples, "seed": config.seed,
         "store": {"parts": store.index.get("parts"), "seed": store.index.get("seed")}, "init": _weights_hash(config.init),
@@ -285,6 +307,8 @@ def _fingerprint(config: TrainConfig, recipe: Recipe, store: Store) -> str:
     }  # fmt: skip
     if config.inherit is not None:
         facts["inherit"] = _weights_hash(config.inherit)
+    if config.precision != "fp32":
+        facts["precision"] = config.precision
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,31 +1,28 @@
-"""One optimiser step on one batch: the losses of a recipe, their gradient, the update.
-
-Shapes: B = batch, D = student's embed_dim, K = followed teachers, E_k = dimension of teacher k.
-"""
+"""One optimiser step on one batch: the losses of a recipe, their gradient, the update."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill.accumulation import accumulate
+from distill.compute import Compute
 from distill.dataset import Batch
 from distill.ghost_norm import ghost_batches, one_update
-from distill.losses import affinity_loss, clip_loss, ensemble_basis, ensemble_target, feature_loss
+from distill.objective import Taught, pair_terms, text_terms
 from distill.processes import ALONE, Processes
 from distill.recipes import Recipe
 from distill.schedule import Plan, learning_rate
 from distill.store import Store
 from distill.training_state import Run
-from mobileclip.model import ImageTextModel
 from runtime.errors import RecipeError, TrainingError
 
 MAX_LOGIT_SCALE = 100.0
-BASIS_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +52,24 @@ def follow(store: Store, recipe: Recipe) -> Followed:
     return Followed(numbers=numbers, logit_scales=tuple(float(scale) for scale in scales))
 
 
-def training_step(
-    run: Run, plan: Plan, recipe: Recipe, batch: Batch, logit_scales: tuple[float, ...], basis: Tensor | None, processes: Processes = ALONE, seed: int = 0
-) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guide:
+    """What a run knows before its first step."""
+
+    followed: Followed
+    basis: Tensor | None = None
+    """As `distill.objective.basis_of` makes it; None where no feature is followed."""
+    typical: float = 0.0
+    """`distill.objective.typical_similarity`, where the teachers gate."""
+    compute: Compute = field(default_factory=Compute)
+
+    def taught(self, images: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> Taught:
+        """The teachers' embeddings of a batch, on the device."""
+        tensors = ([self.compute.tensor(array) for array in arrays] for arrays in (images, texts))
+        return Taught(images=next(tensors), texts=next(tensors), logit_scales=self.followed.logit_scales, typical=self.typical)
+
+
+def training_step(run: Run, plan: Plan, recipe: Recipe, batch: Batch, guide: Guide, processes: Processes = ALONE, seed: int = 0) -> dict[str, Tensor]:
     """Returns the loss terms, detached. A batch without pictures trains the text tower alone.
 
     With several processes `batch` is this one's share; loss and gradient are those of the whole batch.
@@ -68,11 +80,17 @@ def training_step(
     run.model.train()
     text_only = run.step < plan.text_steps
     if recipe.ghost_batch or processes.world > 1:
-        return _step_in_pieces(run, recipe, batch, logit_scales, basis, text_only, processes, seed)
-    terms = text_loss(run.model, batch, basis) if text_only else pair_losses(run.model, batch, recipe, logit_scales, basis)
-    loss = _total(terms, recipe, run.step)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+        return _step_in_pieces(run, recipe, batch, guide, text_only, processes, seed)
+    compute, taught = guide.compute, guide.taught(batch.teacher_images, batch.teacher_texts)
+    with compute.step(run.model):
+        if text_only:
+            terms = text_terms(compute.encode_text(run.model, batch.tokens), taught, recipe, guide.basis)
+        else:
+            image, text = compute.encode_image(run.model, batch.pixels), compute.encode_text(run.model, batch.tokens)
+            terms = pair_terms(image, text, run.model.logit_scale.exp(), compute.tensor(batch.same), taught, recipe, guide.basis)
+        loss = _total(terms, recipe, run.step)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
     return {name: value.detach() for name, value in terms.items()}
 
 
@@ -83,23 +101,22 @@ def _total(terms: dict[str, Tensor], recipe: Recipe, step: int) -> Tensor:
     return loss
 
 
-def _step_in_pieces(
-    run: Run, recipe: Recipe, batch: Batch, logit_scales: tuple[float, ...], basis: Tensor | None, text_only: bool, processes: Processes, seed: int
-) -> dict[str, Tensor]:
+def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_only: bool, processes: Processes, seed: int) -> dict[str, Tensor]:
     """The same for ghost batches and several processes: what the loss compares is gathered, what the towers compute is not."""
-    model, found = run.model, {}
-    images, texts = ([torch.from_numpy(processes.gather_array(array)) for array in arrays] for arrays in (batch.teacher_images, batch.teacher_texts))
-    same = np.unique(processes.gather_array(batch.texts), return_inverse=True)[1] if processes.world > 1 else batch.same
+    model, compute, found = run.model, guide.compute, {}
+    images, texts = ([processes.gather_array(array, compute.device) for array in arrays] for arrays in (batch.teacher_images, batch.teacher_texts))
+    taught = guide.taught(images, texts)
+    same = np.unique(processes.gather_array(batch.texts, compute.device), return_inverse=True)[1] if processes.world > 1 else batch.same
 
     def encode(_: int, rows: slice) -> tuple[Tensor, ...]:
-        text = encode_texts(model, batch.tokens[rows])
-        return (text,) if text_only else (model.encode_image(torch.from_numpy(batch.pixels[rows])), text)
+        images = () if text_only else (compute.encode_image(model, batch.pixels[rows]),)
+        return (*images, compute.encode_text(model, batch.tokens[rows]))
 
     def loss(*embeddings: Tensor) -> Tensor:
         if text_only:
-            terms = _text_terms(embeddings[0], texts, basis)
+            terms = text_terms(embeddings[0], taught, recipe, guide.basis)
         else:
-            terms = _pair_terms(*embeddings, model.logit_scale.exp(), torch.from_numpy(same), images, texts, recipe, logit_scales, basis)
+            terms = pair_terms(*embeddings, model.logit_scale.exp(), compute.tensor(same), taught, recipe, guide.basis)
         found.update({name: value.detach() for name, value in terms.items()})
         return _total(terms, recipe, run.step)
 
@@ -120,61 +137,3 @@ def update(run: Run, plan: Plan, recipe: Recipe) -> None:
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
     run.averaging.update(min(recipe.ema_decay, (1 + run.step) / (10 + run.step)))
-
-
-def pair_losses(model: ImageTextModel, batch: Batch, recipe: Recipe, logit_scales: tuple[float, ...], basis: Tensor | None) -> dict[str, Tensor]:
-    """The recipe's loss terms on B pairs, unweighted."""
-    image, text, scale = model.encode_image(torch.from_numpy(batch.pixels)), encode_texts(model, batch.tokens), model.logit_scale.exp()
-    images, texts = _tensors(batch.teacher_images), _tensors(batch.teacher_texts)
-    return _pair_terms(image, text, scale, torch.from_numpy(batch.same), images, texts, recipe, logit_scales, basis)
-
-
-def _pair_terms(
-    image: Tensor, text: Tensor, scale: Tensor, same: Tensor, images: list[Tensor], texts: list[Tensor],
-    recipe: Recipe, logit_scales: tuple[float, ...], basis: Tensor | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    terms: dict[str, Tensor] = {}
-    if recipe.contrastive:
-        terms["contrastive"] = clip_loss(image, text, scale, same)
-    if recipe.affinity:
-        terms["affinity"] = affinity_loss(image, text, scale, images, texts, logit_scales)
-    if recipe.feature:
-        assert basis is not None
-        # Each tower follows its own teacher embedding: a picture whose caption is wrong still teaches the image tower what it shows.
-        terms["feature"] = (feature_loss(image, ensemble_target(images, basis)) + feature_loss(text, ensemble_target(texts, basis))) / 2
-    return terms
-
-
-def text_loss(model: ImageTextModel, batch: Batch, basis: Tensor | None) -> dict[str, Tensor]:
-    """The text tower alone: its embeddings follow the ensemble's text embeddings."""
-    return _text_terms(encode_texts(model, batch.tokens), _tensors(batch.teacher_texts), basis)
-
-
-def _text_terms(text: Tensor, texts: list[Tensor], basis: Tensor | None) -> dict[str, Tensor]:
-    assert basis is not None
-    return {"feature": feature_loss(text, ensemble_target(texts, basis))}
-
-
-def encode_texts(model: ImageTextModel, tokens: np.ndarray, groups: int = 4) -> Tensor:
-    """tokens (B, T) int32 -> (B, D), unit norm, in groups of like length: most captions are a third as long as a batch's longest.
-
-    Exact for the causal and pad-masked towers that are trained here, whose embedding does not depend on the padding.
-    """
-    lengths = tokens.argmax(axis=1) + 1
-    order = np.argsort(lengths, kind="stable")
-    parts = [model.encode_text(torch.from_numpy(np.ascontiguousarray(tokens[rows, : lengths[rows].max()]))) for rows in np.array_split(order, groups) if len(rows)]
-    return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
-
-
-def basis_of(store: Store, rows: np.ndarray, teachers: tuple[int, ...], dim: int) -> Tensor:
-    """Directions of the followed teachers' space, (sum of E_k, dim), from up to BASIS_ROWS of the rows: first view and own caption."""
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), BASIS_ROWS)).astype(np.int64)]
-    zeros = np.zeros_like(rows)
-    both = [
-        torch.cat([torch.from_numpy(store.image_embeddings(k, rows, zeros)), torch.from_numpy(store.text_embeddings(k, rows, zeros))]) for k in teachers
-    ]
-    return ensemble_basis(both, dim)
-
-
-def _tensors(arrays: tuple[np.ndarray, ...]) -> list[Tensor]:
-    return [torch.from_numpy(array) for array in arrays]

@@ -25,12 +25,13 @@ from distill import training_step as step_module
 from distill.dataset import ReinforcedPairs
 from distill.interruption import IMPATIENT, stop_asked
 from distill.keep_list import write_keep_list
+from distill.objective import encode_texts
 from distill.recipes import RECIPES, Recipe, load_recipe
 from distill.schedule import learning_rate
 from distill.store import open_store
 from distill.train import TrainConfig, train
 from distill.training_state import Average
-from distill.training_step import Followed, encode_texts, follow
+from distill.training_step import Followed, follow
 from mobileclip import create_model
 from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer
 from mobileclip.presets import PRESETS
@@ -214,7 +215,7 @@ def test_other_settings_do_not_overwrite_a_run(world, straight, tmp_path, monkey
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(world, tmp_path, monkeypatch):
-    real = step_module.pair_losses
+    real = step_module.pair_terms
     calls = []
 
     def poisoned(*args):
@@ -222,10 +223,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(world, tmp_path, mo
         terms = real(*args)
         return {name: value * float("nan") for name, value in terms.items()} if len(calls) == 3 else terms
 
-    monkeypatch.setattr(step_module, "pair_losses", poisoned)
+    monkeypatch.setattr(step_module, "pair_terms", poisoned)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 4; .* The batch holds s\d"):
         train(config(world, tmp_path / "out", save_seconds=0.0))
-    monkeypatch.setattr(step_module, "pair_losses", real)
+    monkeypatch.setattr(step_module, "pair_terms", real)
     train(config(world, tmp_path / "out", save_seconds=0.0))
 
 
