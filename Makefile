@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -31,6 +31,9 @@ demo: $(STAMP)
 
 demo-quick: $(STAMP)
 	$(BIN)/mclip demo --quick --out out/demo-quick
+
+efficiency: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.efficiency --run out/demo --out out/efficiency
 
 grid: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.grid --run out/demo --out out/grid

@@ -49,8 +49,9 @@ def recall_dots(rows: Sequence[dict[str, Any]], metric: str, title: str) -> str:
     return _svg(alt.layer(*layers).properties(width=WIDTH - 60, height=alt.Step(30)), title)
 
 
-def curves(rows: Sequence[dict[str, Any]], y_title: str, title: str, *, zero: bool = False) -> str:
-    """Lines over samples seen. Rows: {"samples", "value", "series"}; series take the colours in the order of appearance."""
+def curves(rows: Sequence[dict[str, Any]], y_title: str, title: str, *, zero: bool = False, logarithmic: bool = False) -> str:
+    """Lines over samples seen. Rows: {"samples", "value", "series"}; series take the colours in the order of appearance. Rows with "low" and "high"
+    get a band."""
     alt = _altair()
     names = list(dict.fromkeys(row["series"] for row in rows))
     color = alt.Color(
@@ -58,12 +59,16 @@ def curves(rows: Sequence[dict[str, Any]], y_title: str, title: str, *, zero: bo
         scale=alt.Scale(domain=names, range=[f"var(--s{index % 6 + 1})" for index in range(len(names))]),
         legend=alt.Legend(orient="top", title=None, labelLimit=200, symbolType="stroke", symbolStrokeWidth=3, columns=3) if len(names) > 1 else None,
     )
-    chart = alt.Chart(alt.Data(values=list(rows))).mark_line(strokeWidth=2, interpolate="monotone", point=len(rows) <= 24)
-    chart = chart.encode(
-        x=alt.X("samples:Q", title="samples seen", axis=alt.Axis(format="~s", tickCount=5)),
-        y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5)),
-        color=color,
+    base = alt.Chart(alt.Data(values=list(rows)))
+    scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale()
+    ticks: dict[str, Any] = {"values": sorted({row["samples"] for row in rows})} if logarithmic else {"tickCount": 5}
+    x = alt.X("samples:Q", title="samples seen", scale=scale, axis=alt.Axis(format="~s", **ticks))
+    y_scale = alt.Scale(zero=zero)
+    chart = base.mark_line(strokeWidth=2, interpolate="linear" if logarithmic else "monotone", point=len(rows) <= 24).encode(
+        x=x, y=alt.Y("value:Q", title=y_title, scale=y_scale, axis=alt.Axis(tickCount=5)), color=color
     )
+    if rows and all("low" in row for row in rows):
+        chart = base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", scale=y_scale, title=y_title), y2="high:Q", color=color) + chart
     return _svg(chart.properties(width=WIDTH, height=220), title)
 
 

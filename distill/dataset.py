@@ -82,7 +82,7 @@ class ReinforcedPairs:
     def __init__(
         self, pairs: Pairs, store: Store, config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, caption_mix: Mapping[str, float] | None = None,
         teachers: Sequence[int] = (), max_augmentations: int = 0, shuffle_shards: int = 0, keep: KeepList | None = None, rank: int = 0, world: int = 1,
-        cache_bytes: int = 1 << 30,
+        matched_views: bool = True, cache_bytes: int = 1 << 30,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -91,6 +91,7 @@ class ReinforcedPairs:
             max_augmentations: draw from the first so many views; 0: from all.
             shuffle_shards: shards that are shuffled together; 0: all.
             keep: train on these keys only.
+            matched_views: whether a teacher's embedding is that of the view that is shown; False: of the stored one after it.
             rank, world: this process takes the rank-th of `world` equal slices of every batch.
 
         Raises:
@@ -98,7 +99,7 @@ class ReinforcedPairs:
             RecipeError: the mix makes no sense.
         """
         self.pairs, self.store, self.config, self.seed = pairs, store, config, seed
-        self.teachers, self.rank, self.world = tuple(teachers), rank, world
+        self.teachers, self.rank, self.world, self._shift = tuple(teachers), rank, world, 0 if matched_views else 1
         self._pair_row = _join(pairs, store)
         self._choose_rows(keep)
         counts = store.n_augmentations if max_augmentations <= 0 else np.minimum(store.n_augmentations, max_augmentations)
@@ -178,10 +179,11 @@ class ReinforcedPairs:
         """What a batch holds besides its pixels, and the batch. pixels None: only texts are asked for."""
         tokens, same = self.tokens(samples.rows, samples.captions)
         side = self.config.image_size
+        taught = (samples.augs + self._shift) % self._n_augs[samples.rows] if self._shift else samples.augs
         return Batch(
             rows=samples.rows, augs=samples.augs, captions=samples.captions, tokens=tokens, same=same,
             pixels=np.zeros((0, 3, side, side), np.float32) if pixels is None else pixels,
-            teacher_images=() if pixels is None else tuple(self.store.image_embeddings(k, samples.rows, samples.augs) for k in self.teachers),
+            teacher_images=() if pixels is None else tuple(self.store.image_embeddings(k, samples.rows, taught) for k in self.teachers),
             teacher_texts=tuple(self.store.text_embeddings(k, samples.rows, samples.captions) for k in self.teachers),
             texts=self.tokens.identities(samples.rows, samples.captions) if self.world > 1 else np.zeros(0, np.int64),
         )  # fmt: skip

@@ -55,6 +55,9 @@ class Recipe:
     """Who says how much a pair counts in the contrastive loss: nobody, the teachers' stored embeddings (ALIP), or the student's own, which needs none."""
     gate_sharpness: float = 2.0
     """How fast the weight falls with the similarity below the typical one: exp(gate_sharpness * difference)."""
+    matched_views: bool = True
+    """False is a control, not a way to train: the teachers' embedding is that of another stored view of the picture than the student sees, as where a
+    pipeline stores embeddings and lets the student draw an augmentation of its own."""
     nested_dims: tuple[int, ...] = ()
     """Lengths that the embeddings may be cut to afterwards: every loss is the mean over them (Matryoshka). Empty: the whole length alone."""
 

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 VARIATIONS = ("backbone", "image_size", "mask", "vocab_size", "embedding_dim", "embed_dim")
 OVERRIDES = ("batch_size", "learning_rate", "caption_mix", "teachers", "logit_scales", "max_augmentations", "ghost_batch")
-LATER = ("ghost_batch", "gate", "gate_sharpness", "nested_dims")
+LATER = ("ghost_batch", "gate", "gate_sharpness", "matched_views", "nested_dims")
 """Settings of a recipe that came later: a run that leaves them alone is the run that it was before there were any."""
 
 
@@ -171,7 +171,7 @@ def train(config: TrainConfig) -> Path:
     data = ReinforcedPairs(
         pairs, store, preprocess_config(model.config), _tokenizer(model.config, tokenizer_path), seed=config.seed, caption_mix=recipe.caption_mix,
         teachers=followed.numbers, max_augmentations=recipe.max_augmentations, shuffle_shards=recipe.shuffle_shards, keep=keep,
-        rank=processes.rank, world=processes.world,
+        rank=processes.rank, world=processes.world, matched_views=recipe.matched_views,
     )  # fmt: skip
     run = start(model.to(compute.device), recipe)
     if processes.rank == 0:

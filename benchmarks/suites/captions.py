@@ -56,18 +56,9 @@ def prefix_gain(run: Path, out: Path, samples: int = 64_000, seeds: tuple[int, .
     out.mkdir(parents=True, exist_ok=True)
     place, stages = Layout(run), Stages(out, lambda line: _say(f"[captions] {line}"))
     teachers = [str(place.teacher(name)) for name in TEACHERS]
-    receipts = [place.teacher(name) / "receipt.json" for name in TEACHERS] + [place.out / "pairs/sample.json"]
-    captioner, captions, judged, store = out / "captioner", out / "train", out / "test", out / "store"
-    stages.run(
-        "captioner", [["mobileclip.cli", "train-captioner", str(place.train), str(captioner), "--teacher", *teachers, "--steps", str(captioner_steps), "--threads", "2"]],
-        inputs=receipts, outputs=[captioner / "receipt.json"],
-    )  # fmt: skip
-
-    def train_pictures() -> None:
-        _caption(stages, "caption-train", place.train, captions, captioner, ["--store", str(place.store)])
-        _reinforce(stages, place, store, captions, teachers)
-
-    stages.chains(train_pictures, lambda: _judge(stages, place.test, judged, captioner, teachers))
+    captioner, captions = train_captioner(place, stages, captioner_steps), out / "train"
+    stages.chains(lambda: captioned_store(place, stages), lambda: _judge(stages, place.test, out / "test", captioner, teachers))
+    store = out / "store"
     hits = train_arms(Arms(out=out, pairs=place.train, judged=place.test, samples=samples, seeds=seeds), _options(out, store), stages)
     receipt = json.loads((captions / "receipt.json").read_text(encoding="utf-8"))
     seconds = stages.seconds()
@@ -77,6 +68,26 @@ def prefix_gain(run: Path, out: Path, samples: int = 64_000, seeds: tuple[int, .
         **{name: value for student in STUDENTS for name, value in arm_figures({arm: hits[f"{student}_{arm}"] for arm in MIXES}, "without", f"recall5_{student}").items()},
         "student_samples": samples,
     }  # fmt: skip
+
+
+def train_captioner(place: Layout, stages: Stages, steps: int = 800, threads: int = 2) -> Path:
+    """A prefix captioner that has read the run's web-like training pairs, in the stages' folder."""
+    captioner = stages.out / "captioner"
+    receipts = [place.teacher(name) / "receipt.json" for name in TEACHERS] + [place.out / "pairs/sample.json"]
+    teachers = [str(place.teacher(name)) for name in TEACHERS]
+    stages.run(
+        "captioner", [["mobileclip.cli", "train-captioner", str(place.train), str(captioner), "--teacher", *teachers, "--steps", str(steps), "--threads", str(threads)]],
+        inputs=receipts, outputs=[captioner / "receipt.json"],
+    )  # fmt: skip
+    return captioner
+
+
+def captioned_store(place: Layout, stages: Stages) -> Path:
+    """The run's store with the captioner's captions of the training pictures as a further layer, in the stages' folder."""
+    captions, store = stages.out / "train", stages.out / "store"
+    _caption(stages, "caption-train", place.train, captions, stages.out / "captioner", ["--store", str(place.store)])
+    _reinforce(stages, place, store, captions, [str(place.teacher(name)) for name in TEACHERS])
+    return store
 
 
 def _caption(stages: Stages, name: str, pairs: Path, out: Path, captioner: Path, more: Sequence[str] = ()) -> None:

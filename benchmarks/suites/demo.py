@@ -121,11 +121,14 @@ def _make(config: DemoConfig, place: Layout, stages: Stages) -> None:
     stages.chains(lambda: _student(config, place, stages), lambda: _rest(config, place, stages))
 
 
-def prepare(config: DemoConfig, place: Layout, stages: Stages) -> None:
-    """Sample data, two teachers, and the store of what they know: what every later stage, and other suites, start from."""
+def prepare(config: DemoConfig, place: Layout, stages: Stages, web_noise: str = "0.5") -> None:
+    """Sample data, two teachers, and the store of what they know: what every later stage, and other suites, start from.
+
+    web_noise: share of the training pairs whose caption is wrong or a bare generic tag.
+    """
     seed = ["--seed", str(config.seed)]
     slice_ = ["--concepts", str(config.concepts)] if config.concepts else []
-    stages.run("sample", [["mobileclip.cli", "sample", "emoji", str(place.out / "pairs"), "--web-noise", "0.5", *slice_, *seed]], outputs=[place.out / "pairs/sample.json"])
+    stages.run("sample", [["mobileclip.cli", "sample", "emoji", str(place.out / "pairs"), "--web-noise", web_noise, *slice_, *seed]], outputs=[place.out / "pairs/sample.json"])
     receipt = [place.out / "pairs/sample.json"]
     stages.run(
         "teachers",

@@ -1,0 +1,74 @@
+"""One student of the learning-efficiency experiment: trained, asked for the queries of two unseen drawing styles, and its weights dropped.
+
+    python -m benchmarks.suites.efficiency_run --out DIR --pairs P --store S --recipe R.json --samples N --seed 0 --validation V --test T
+
+DIR/ranks.json is the result: the rank at which each query found its picture. A run that was interrupted goes on; a finished one does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from distill.evaluate import open_encoder
+from distill.train import TrainConfig, train
+from runtime.evaluation import retrieval
+from runtime.files import write_json
+from runtime.pairs import open_pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneRun:
+    out: str
+    pairs: str
+    store: str
+    recipe: str
+    samples: int
+    seed: int
+    validation: str
+    """Pairs of the style that settings are chosen by."""
+    test: str
+    """Pairs of the style that results are read from."""
+    keep: str | None = None
+    embed_dim: int | None = None
+    keep_weights: bool = False
+
+
+def run(one: OneRun) -> Path:
+    """Train and evaluate. Returns the path of ranks.json: {"test", "validation": {split: [rank of each query]}, "queries": {split: [text]} of the test,
+    "seconds"}."""
+    result = Path(one.out) / "ranks.json"
+    if result.is_file():
+        return result
+    checkpoint = train(
+        TrainConfig(
+            pairs=one.pairs, store=one.store, out=str(Path(one.out) / "checkpoint"), recipe=one.recipe, samples=one.samples, seed=one.seed, keep=one.keep,
+            embed_dim=one.embed_dim, threads=1,
+        )
+    )  # fmt: skip
+    encoder = open_encoder(checkpoint)
+    found = {name: retrieval(encoder, open_pairs(folder)) for name, folder in (("validation", one.validation), ("test", one.test))}
+    seconds = json.loads((checkpoint / "receipt.json").read_text(encoding="utf-8"))["figures"]["seconds"]
+    ranks = {name: value["ranks"]["text_to_image"] for name, value in found.items()}
+    write_json(result, {**ranks, "queries": found["test"]["queries"]["text_to_image"], "seconds": seconds})
+    if not one.keep_weights:
+        (checkpoint / "model.safetensors").unlink()
+    return result
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    result = run(tyro.cli(OneRun, prog="python -m benchmarks.suites.efficiency_run", description=__doc__))
+    found = json.loads(result.read_text(encoding="utf-8"))
+    recalls = {name: round(sum(rank <= 5 for rank in found[name]["trained"]) / len(found[name]["trained"]), 4) for name in ("validation", "test")}
+    sys.stdout.write(f"{result.parent}: recall@5 {recalls}, trained in {found['seconds']:.0f} s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
