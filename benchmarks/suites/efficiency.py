@@ -76,7 +76,7 @@ class Experiment:
 
     def __init__(self, config: EfficiencyConfig) -> None:
         self.config, self.out = config, Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "recipes").mkdir(parents=True, exist_ok=True)
         self.stages = Stages(self.out, lambda line: _say(f"[efficiency] {line}"))
         self.worlds: dict[str, World] = {}
         place = Layout(Path(config.run))
