@@ -129,10 +129,16 @@ def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_o
 
 
 def update(run: Run, plan: Plan, recipe: Recipe) -> None:
-    """Apply the gradient that `training_step` left, and move the average."""
+    """Apply the gradient that `training_step` left, and move the average.
+
+    Raises:
+        TrainingError: the gradient is not finite; nothing has been changed.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, plan.steps, recipe)
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
+    if not torch.isfinite(norm):
+        raise TrainingError(f"the gradient's norm is {float(norm)} at step {run.step + 1}")
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
