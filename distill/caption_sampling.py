@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -34,6 +34,12 @@ def check_mix(mix: Mapping[str, float]) -> None:
     bad = [f"{name} {share}" for name, share in mix.items() if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share) or share < 0]
     if bad or (mix and sum(mix.values()) <= 0):
         raise RecipeError(f"caption_mix has {', '.join(bad) or 'no share above 0'}; expected one number of at least 0 per type, with a positive sum")
+
+
+def check_sets(sets: Sequence[str]) -> None:
+    """Raises RecipeError: a type that captions do not have, or one twice."""
+    if isinstance(sets, str) or not set(sets) <= set(TYPES) or len(set(sets)) != len(sets):
+        raise RecipeError(f"caption_sets are {sets!r}; expected different types of {', '.join(TYPES)}")
 
 
 class CaptionSampler:

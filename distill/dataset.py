@@ -35,7 +35,7 @@ UNREADABLE_NAMED = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """Which B samples: rows of the store, and of each a view and a caption; all int64 (B,)."""
+    """Which B samples: rows of the store, and of each a view and a caption; all int64 (B,). With caption sets, captions are (B, C): one of each."""
 
     rows: np.ndarray
     augs: np.ndarray
@@ -47,7 +47,8 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """B samples as a training step reads them. `rows`, `augs`, `captions` index the store."""
+    """B samples as a training step reads them. `rows`, `augs`, `captions` index the store. With C caption sets, tokens and all that belongs to texts
+    have C * B rows, set after set."""
 
     rows: np.ndarray
     augs: np.ndarray
@@ -81,12 +82,13 @@ class ReinforcedPairs:
 
     def __init__(
         self, pairs: Pairs, store: Store, config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, caption_mix: Mapping[str, float] | None = None,
-        teachers: Sequence[int] = (), max_augmentations: int = 0, shuffle_shards: int = 0, keep: KeepList | None = None, rank: int = 0, world: int = 1,
-        matched_views: bool = True, cache_bytes: int = 1 << 30,
+        caption_sets: Sequence[str] = (), teachers: Sequence[int] = (), max_augmentations: int = 0, shuffle_shards: int = 0, keep: KeepList | None = None,
+        rank: int = 0, world: int = 1, matched_views: bool = True, cache_bytes: int = 1 << 30,
     ) -> None:  # fmt: skip
         """
         Args:
             caption_mix: share of each type of caption; None or empty: any stored one alike.
+            caption_sets: types of which each sample shows one caption each; empty: one by the mix.
             teachers: numbers of the teachers whose embeddings a batch carries.
             max_augmentations: draw from the first so many views; 0: from all.
             shuffle_shards: shards that are shuffled together; 0: all.
@@ -104,8 +106,10 @@ class ReinforcedPairs:
         self._choose_rows(keep)
         counts = store.n_augmentations if max_augmentations <= 0 else np.minimum(store.n_augmentations, max_augmentations)
         self._n_augs = counts
-        self._sampler, self.tokens = CaptionSampler(store, seed, caption_mix), CaptionTokens(store, tokenizer)
-        self._sampler.check(self.rows)
+        mixes = [{name: 1.0} for name in caption_sets] or [caption_mix]
+        self._samplers, self.tokens = [CaptionSampler(store, seed, mix) for mix in mixes], CaptionTokens(store, tokenizer)
+        for sampler in self._samplers:
+            sampler.check(self.rows)
         starts = np.array([shard.start for shard in pairs.shards] + [len(pairs)])
         self.order = Order(np.diff(np.searchsorted(self._pair_row[self.rows], starts)), seed, shuffle_shards)
         size, most = config.image_size, int(counts[self.rows].max())
@@ -163,7 +167,9 @@ class ReinforcedPairs:
                 places, epochs = self.order.rows(number * BLOCK, BLOCK)
                 rows = self.rows[places]
                 augs = (uniform(self.seed, epochs, VIEWS, rows) * self._n_augs[rows]).astype(np.int64)
-                self._blocks = dict([*self._blocks.items()][-3:]) | {number: (rows, augs, self._sampler.draw(rows, epochs))}
+                captions = [sampler.draw(rows, epochs) for sampler in self._samplers]
+                captions_of_all = captions[0] if len(captions) == 1 else np.stack(captions, axis=1)
+                self._blocks = dict([*self._blocks.items()][-3:]) | {number: (rows, augs, captions_of_all)}
             return self._blocks[number]
 
     def batch(self, first: int, size: int, pictures: bool = True) -> Batch:
@@ -177,15 +183,17 @@ class ReinforcedPairs:
 
     def finish(self, samples: Samples, pixels: np.ndarray | None) -> Batch:
         """What a batch holds besides its pixels, and the batch. pixels None: only texts are asked for."""
-        tokens, same = self.tokens(samples.rows, samples.captions)
+        captions = samples.captions.T.reshape(-1)
+        rows = np.tile(samples.rows, len(captions) // len(samples))
+        tokens, same = self.tokens(rows, captions)
         side = self.config.image_size
         taught = (samples.augs + self._shift) % self._n_augs[samples.rows] if self._shift else samples.augs
         return Batch(
             rows=samples.rows, augs=samples.augs, captions=samples.captions, tokens=tokens, same=same,
             pixels=np.zeros((0, 3, side, side), np.float32) if pixels is None else pixels,
             teacher_images=() if pixels is None else tuple(self.store.image_embeddings(k, samples.rows, taught) for k in self.teachers),
-            teacher_texts=tuple(self.store.text_embeddings(k, samples.rows, samples.captions) for k in self.teachers),
-            texts=self.tokens.identities(samples.rows, samples.captions) if self.world > 1 else np.zeros(0, np.int64),
+            teacher_texts=tuple(self.store.text_embeddings(k, rows, captions) for k in self.teachers),
+            texts=self.tokens.identities(rows, captions) if self.world > 1 else np.zeros(0, np.int64),
         )  # fmt: skip
 
     def empty_pixels(self, count: int) -> np.ndarray:

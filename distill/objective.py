@@ -6,14 +6,25 @@ Shapes: B = batch, D = student's embed_dim, K = followed teachers, E_k = dimensi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.losses import affinity_loss, clip_loss, ensemble_basis, ensemble_target, feature_loss, gate, nested_loss
+from distill.losses import (
+    affinity_loss,
+    captions_loss,
+    clip_loss,
+    ensemble_basis,
+    ensemble_target,
+    feature_loss,
+    gate,
+    nested_loss,
+    sigmoid_affinity_loss,
+    sigmoid_loss,
+)  # fmt: skip
 from distill.recipes import Recipe
 from distill.store import Store
 from mobileclip.model import ImageTextModel
@@ -28,24 +39,49 @@ class Taught:
     images: Sequence[Tensor] = ()
     texts: Sequence[Tensor] = ()
     logit_scales: tuple[float, ...] = ()
-    typical: float = 0.0
-    """The store's mean similarity of picture and caption, which the teachers' gate measures a sample against."""
+    typical: tuple[float, ...] = ()
+    """Per teacher the store's mean cosine of picture and caption: what its gate measures a sample against, and where its sigmoid says "as likely as not"."""
+
+    def of_set(self, number: int, size: int) -> Taught:
+        """What they say of one set of captions: rows number * size to (number + 1) * size of the texts."""
+        return replace(self, texts=[text[number * size : (number + 1) * size] for text in self.texts])
 
 
-def pair_terms(image: Tensor, text: Tensor, scale: Tensor, same: Tensor, taught: Taught, recipe: Recipe, basis: Tensor | None) -> dict[str, Tensor]:
-    """The loss terms of B pairs.
+def pair_terms(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, same: Tensor, taught: Taught, recipe: Recipe, basis: Tensor | None
+) -> dict[str, Tensor]:
+    """The loss terms of B pictures with C captions each: the mean over the C sets of captions.
 
     Args:
-        image, text: (B, D) of unit norm. scale: multiplicative. same: (B,) integers, equal where the caption's text is.
+        image: (B, D) of unit norm. text: (C * B, D), set after set. scale: multiplicative. bias: of a sigmoid model, else None.
+        same: (C * B,) integers, equal where the caption's text is.
         basis: as `basis_of` makes it; needed for the feature term.
     """
+    size = len(image)
+    sets = range(len(text) // size)
+    parts = [_set_terms(image, text[n * size : (n + 1) * size], scale, bias, same[n * size : (n + 1) * size], taught.of_set(n, size), recipe, basis) for n in sets]
+    terms = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]} if len(parts) > 1 else parts[0]
+    if recipe.contrastive and recipe.multi_positive:
+        owner = torch.arange(size, device=image.device).repeat(len(parts))
+        terms["contrastive"] = nested_over(recipe)(lambda i, t: captions_loss(i, t, owner, scale), image, text)
+    return terms
+
+
+def _set_terms(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, same: Tensor, taught: Taught, recipe: Recipe, basis: Tensor | None
+) -> dict[str, Tensor]:
     weight = gate_weights(image, text, taught, recipe)
     nested = nested_over(recipe)
     terms: dict[str, Tensor] = {}
-    if recipe.contrastive:
-        terms["contrastive"] = nested(lambda i, t: clip_loss(i, t, scale, same, weight), image, text)
-    if recipe.affinity:
+    if recipe.contrastive and not recipe.multi_positive:
+        terms["contrastive"] = nested(
+            (lambda i, t: clip_loss(i, t, scale, same, weight)) if bias is None else (lambda i, t: sigmoid_loss(i, t, scale, bias, same, weight)), image, text
+        )
+    if recipe.affinity and bias is None:
         terms["affinity"] = nested(lambda i, t: affinity_loss(i, t, scale, taught.images, taught.texts, taught.logit_scales), image, text)
+    elif recipe.affinity:
+        biases = [-scale * typical for scale, typical in zip(taught.logit_scales, taught.typical, strict=True)]
+        terms["affinity"] = nested(lambda i, t: sigmoid_affinity_loss(i, t, scale, bias, taught.images, taught.texts, taught.logit_scales, biases), image, text)
     if recipe.feature:
         assert basis is not None
         # Each tower follows its own teacher embedding: a picture whose caption is wrong still teaches the image tower what it shows.
@@ -72,7 +108,7 @@ def gate_weights(image: Tensor, text: Tensor, taught: Taught, recipe: Recipe) ->
         similarity = (image * text).sum(1).detach()
         return gate(similarity, float(similarity.mean()), recipe.gate_sharpness)
     similarity = torch.stack([(one * other).sum(1) for one, other in zip(taught.images, taught.texts, strict=True)]).mean(0)
-    return gate(similarity, taught.typical, recipe.gate_sharpness)
+    return gate(similarity, sum(taught.typical) / len(taught.typical), recipe.gate_sharpness)
 
 
 def nested_over(recipe: Recipe) -> Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]:
@@ -94,10 +130,10 @@ def basis_of(store: Store, rows: np.ndarray, teachers: tuple[int, ...], dim: int
     return ensemble_basis(both, dim)
 
 
-def typical_similarity(store: Store, rows: np.ndarray, teachers: tuple[int, ...]) -> float:
-    """Mean over up to BASIS_ROWS of the rows, and over teachers, of the cosine between first view and own caption."""
+def typical_similarities(store: Store, rows: np.ndarray, teachers: tuple[int, ...]) -> tuple[float, ...]:
+    """Per teacher the mean, over up to BASIS_ROWS of the rows, of the cosine between first view and own caption."""
     images, texts = _first_ones(store, rows, teachers)
-    return float(torch.stack([F.cosine_similarity(image, text).mean() for image, text in zip(images, texts, strict=True)]).mean())
+    return tuple(float(F.cosine_similarity(image, text).mean()) for image, text in zip(images, texts, strict=True))
 
 
 def _first_ones(store: Store, rows: np.ndarray, teachers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from distill.caption_sampling import check_mix
+from distill.caption_sampling import check_mix, check_sets
 from runtime.errors import RecipeError
 
 Gate = Literal["none", "teacher", "own"]
+Form = Literal["softmax", "sigmoid"]
 GATES: tuple[str, ...] = get_args(Gate)
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,14 @@ class Recipe:
     ghost_batch: int = 0
     """Samples that go through the towers together: BatchNorm's statistics are theirs, and memory is needed for so many. The gradient is that of the
     whole batch (distill/accumulation.py). 0: all samples of a process together."""
+    form: Form = "softmax"
+    """Of the contrastive and the affinity loss: rows of the batch against each other, or each of its pairs alone with a bias (SigLIP). A student of
+    random weights gets a bias for it; one that goes on from a checkpoint must have been trained so."""
+    caption_sets: tuple[str, ...] = ()
+    """Types of caption of which every picture of a batch shows one each, instead of one drawn by `caption_mix`: ("raw", "synthetic") makes MobileCLIP's
+    real and synthetic batch of the same pictures. The loss is the mean over the sets."""
+    multi_positive: bool = False
+    """The contrastive loss takes all of a picture's captions as its matches at once, instead of set by set."""
     gate: Gate = "none"
     """Who says how much a pair counts in the contrastive loss: nobody, the teachers' stored embeddings (ALIP), or the student's own, which needs none."""
     gate_sharpness: float = 2.0
@@ -85,6 +95,11 @@ class Recipe:
 
         if self.gate not in GATES or not 0 < self.gate_sharpness < math.inf:
             raise RecipeError(f"a recipe's gate is one of {', '.join(GATES)} and its gate_sharpness above 0, found '{self.gate}' and {self.gate_sharpness}")
+        if self.form not in FORMS:
+            raise RecipeError(f"a recipe's form is one of {', '.join(FORMS)}, found '{self.form}'")
+        check_sets(self.caption_sets)
+        if self.multi_positive and (len(self.caption_sets) < 2 or self.form != "softmax" or self.gate != "none"):
+            raise RecipeError("a recipe's multi_positive needs at least two caption_sets, the softmax form and no gate")
         if not all(isinstance(dim, int) and dim >= 1 for dim in self.nested_dims) or sorted(set(self.nested_dims)) != list(self.nested_dims):
             raise RecipeError(f"a recipe's nested_dims are different lengths in rising order, found {self.nested_dims}")
 

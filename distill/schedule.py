@@ -18,6 +18,8 @@ class Plan:
     text_steps: int
     steps: int
     batch_size: int
+    sets: int = 1
+    """Captions that a picture shows at once: a batch of texts alone has so many times fewer rows."""
 
     @classmethod
     def of(cls, samples: int, recipe: Recipe) -> Plan:
@@ -26,7 +28,7 @@ class Plan:
         pair_steps = math.ceil((samples - 2 * text_steps * recipe.batch_size) / recipe.batch_size)
         if samples < recipe.batch_size:
             raise RecipeError(f"samples is {samples}, less than one batch of {recipe.batch_size}; ask for more samples or a smaller batch")
-        return cls(text_steps=text_steps, steps=text_steps + pair_steps, batch_size=recipe.batch_size)
+        return cls(text_steps=text_steps, steps=text_steps + pair_steps, batch_size=recipe.batch_size, sets=max(1, len(recipe.caption_sets)))
 
     def pairs(self, step: int) -> int:
         """Pairs seen after `step` steps."""
@@ -40,7 +42,8 @@ class Plan:
         """The batches of the steps after `step`, to the end."""
         for n in range(step, self.steps):
             if n < self.text_steps:
-                yield Request(first=n * 2 * self.batch_size, size=2 * self.batch_size, pictures=False)
+                rows = max(1, 2 * self.batch_size // self.sets)
+                yield Request(first=n * rows, size=rows, pictures=False)
             else:
                 yield Request(first=self.pairs(n), size=self.batch_size)
 

@@ -28,7 +28,7 @@ from distill.ghost_norm import ghost_batches
 from distill.interruption import stop_asked
 from distill.keep_list import read_keep_list
 from distill.loader import load
-from distill.objective import basis_of, typical_similarity
+from distill.objective import basis_of, typical_similarities
 from distill.processes import Processes, join, leave, start_processes
 from distill.progress import progress
 from distill.recipes import Recipe
@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> Path:
     model, tokenizer_path, inherited = _make_model(config, out, processes)
     data = ReinforcedPairs(
         pairs, store, preprocess_config(model.config), _tokenizer(model.config, tokenizer_path), seed=config.seed, caption_mix=recipe.caption_mix,
+        caption_sets=recipe.caption_sets,
         teachers=followed.numbers, max_augmentations=recipe.max_augmentations, shuffle_shards=recipe.shuffle_shards, keep=keep,
         rank=processes.rank, world=processes.world, matched_views=recipe.matched_views,
     )  # fmt: skip
@@ -109,6 +110,8 @@ def train(config: TrainConfig) -> Path:
         "unreadable": dict(sorted(data.unreadable.items())), **time_figures(out),
     }  # fmt: skip
     run.average.logit_scale.data.copy_(run.model.logit_scale.data)
+    if run.model.logit_bias is not None and run.average.logit_bias is not None:
+        run.average.logit_bias.data.copy_(run.model.logit_bias.data)
     save_checkpoint(
         run.average.eval(), out, tokenizer=tokenizer_path,
         extra={"stage": "train", "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "fingerprint": fingerprint, "figures": figures,
@@ -166,7 +169,8 @@ def _guide(recipe: Recipe, data: ReinforcedPairs, followed: Followed, dim: int, 
     basis = basis_of(data.store, data.rows, followed.numbers, dim).to(compute.device) if recipe.feature or recipe.text_samples else None
     if basis is not None:
         processes.agree([basis])
-    typical = typical_similarity(data.store, data.rows, followed.numbers) if recipe.gate == "teacher" else 0.0
+    asked = recipe.gate == "teacher" or (recipe.form == "sigmoid" and recipe.affinity)
+    typical = typical_similarities(data.store, data.rows, followed.numbers) if asked else ()
     return Guide(followed=followed, basis=basis, typical=typical, compute=compute)
 
 

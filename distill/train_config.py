@@ -20,7 +20,7 @@ from runtime.files import file_sha256
 
 VARIATIONS = ("backbone", "image_size", "mask", "vocab_size", "embedding_dim", "embed_dim")
 OVERRIDES = ("batch_size", "learning_rate", "caption_mix", "teachers", "logit_scales", "max_augmentations", "ghost_batch")
-LATER = ("ghost_batch", "gate", "gate_sharpness", "matched_views", "nested_dims")
+LATER = ("ghost_batch", "form", "caption_sets", "multi_positive", "gate", "gate_sharpness", "matched_views", "nested_dims")
 """Settings of a recipe that came later: a run that leaves them alone is the run that it was before there were any."""
 
 
@@ -105,12 +105,16 @@ class TrainConfig:
         """What is trained: the checkpoint's model, or the preset with its variations."""
         changes = {name: getattr(self, name) for name in VARIATIONS if getattr(self, name) is not None}
         if self.init is None:
-            return student_config(self.model, **changes)
+            return _of_form(student_config(self.model, **changes), load_recipe(self.recipe))
         starts = [name for name in ("inherit", "backbone_weights") if getattr(self, name) is not None]
         if changes or starts:
             wrong = [f"--{name.replace('_', '-')}" for name in (*changes, *starts)]
             raise RecipeError(f"--init goes on from a finished model and does not go with {', '.join(wrong)}; for another student with its weights, use --inherit alone")
-        return read_config(self.init)
+        found, form = read_config(self.init), load_recipe(self.recipe).form
+        if (found.logit_bias is not None) != (form == "sigmoid"):
+            was = "softmax" if found.logit_bias is None else "sigmoid"
+            raise RecipeError(f"'{self.init}' was trained with the {was} loss and the recipe's form is {form}; choose the same form, or begin anew with --inherit")
+        return found
 
     def resolved_recipe(self) -> Recipe:
         recipe = load_recipe(self.recipe)
@@ -119,6 +123,11 @@ class TrainConfig:
         if recipe.nested_dims and max(recipe.nested_dims) > dim:
             raise RecipeError(f"the recipe nests {max(recipe.nested_dims)} dimensions, and the model's embed_dim is {dim}; leave that length out, or give --embed-dim")
         return recipe
+
+
+def _of_form(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """A sigmoid model begins as SigLIP's does: with so small a probability of a match that the many pairs that are none cost little."""
+    return dataclasses.replace(config, logit_scale=10.0, logit_bias=-10.0) if recipe.form == "sigmoid" else config
 
 
 def fingerprint_of(config: TrainConfig, recipe: Recipe, store: Store) -> str:

@@ -59,8 +59,8 @@ class Guide:
     followed: Followed
     basis: Tensor | None = None
     """As `distill.objective.basis_of` makes it; None where no feature is followed."""
-    typical: float = 0.0
-    """`distill.objective.typical_similarity`, where the teachers gate."""
+    typical: tuple[float, ...] = ()
+    """`distill.objective.typical_similarities`, where the teachers gate or the form is sigmoid."""
     compute: Compute = field(default_factory=Compute)
 
     def taught(self, images: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> Taught:
@@ -87,7 +87,7 @@ def training_step(run: Run, plan: Plan, recipe: Recipe, batch: Batch, guide: Gui
             terms = text_terms(compute.encode_text(run.model, batch.tokens), taught, recipe, guide.basis)
         else:
             image, text = compute.encode_image(run.model, batch.pixels), compute.encode_text(run.model, batch.tokens)
-            terms = pair_terms(image, text, run.model.logit_scale.exp(), compute.tensor(batch.same), taught, recipe, guide.basis)
+            terms = pair_terms(image, text, run.model.logit_scale.exp(), run.model.logit_bias, compute.tensor(batch.same), taught, recipe, guide.basis)
         loss = _total(terms, recipe, run.step)
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -104,27 +104,35 @@ def _total(terms: dict[str, Tensor], recipe: Recipe, step: int) -> Tensor:
 def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_only: bool, processes: Processes, seed: int) -> dict[str, Tensor]:
     """The same for ghost batches and several processes: what the loss compares is gathered, what the towers compute is not."""
     model, compute, found = run.model, guide.compute, {}
-    images, texts = ([processes.gather_array(array, compute.device) for array in arrays] for arrays in (batch.teacher_images, batch.teacher_texts))
-    taught = guide.taught(images, texts)
-    same = np.unique(processes.gather_array(batch.texts, compute.device), return_inverse=True)[1] if processes.world > 1 else batch.same
+    share = len(batch.rows)
+    starts = range(0, len(batch.tokens), share)  # of the sets of captions
+
+    def whole(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([processes.gather_array(array[start : start + share], compute.device) for start in starts])
+
+    images = [processes.gather_array(array, compute.device) for array in batch.teacher_images]
+    taught = guide.taught(images, [whole(array) for array in batch.teacher_texts])
+    same = np.unique(whole(batch.texts), return_inverse=True)[1] if processes.world > 1 else batch.same
 
     def encode(_: int, rows: slice) -> tuple[Tensor, ...]:
         images = () if text_only else (compute.encode_image(model, batch.pixels[rows]),)
-        return (*images, compute.encode_text(model, batch.tokens[rows]))
+        text = compute.encode_text(model, np.concatenate([batch.tokens[start + rows.start : start + rows.stop] for start in starts]))
+        return (*images, *text.chunk(len(starts)))
 
     def loss(*embeddings: Tensor) -> Tensor:
+        text = torch.cat(embeddings if text_only else embeddings[1:])
         if text_only:
-            terms = text_terms(embeddings[0], taught, recipe, guide.basis)
+            terms = text_terms(text, taught, recipe, guide.basis)
         else:
-            terms = pair_terms(*embeddings, model.logit_scale.exp(), compute.tensor(same), taught, recipe, guide.basis)
+            terms = pair_terms(embeddings[0], text, model.logit_scale.exp(), model.logit_bias, compute.tensor(same), taught, recipe, guide.basis)
         found.update({name: value.detach() for name, value in terms.items()})
         return _total(terms, recipe, run.step)
 
-    pieces = ghost_batches(len(batch.tokens) * processes.world, recipe.ghost_batch, processes.rank, processes.world)
+    pieces = ghost_batches(share * processes.world, recipe.ghost_batch, processes.rank, processes.world)
     run.optimizer.zero_grad(set_to_none=True)
     with one_update(model, processes.mean if processes.world > 1 else None):
         accumulate(encode, pieces, loss, seed=seed, step=run.step, exchange=processes if processes.world > 1 else None)
-    processes.sum_gradients(model.parameters(), whole=[model.logit_scale])
+    processes.sum_gradients(model.parameters(), whole=[model.logit_scale, *([] if model.logit_bias is None else [model.logit_bias])])
     return found
 
 

@@ -76,6 +76,8 @@ class ModelConfig:
     text: TextConfig
     logit_scale: float = 1 / 0.07
     """Multiplicative initial value; the parameter holds its logarithm."""
+    logit_bias: float | None = None
+    """Initial value of what is added to every logit, for a model of the sigmoid loss (SigLIP: -10); None: a softmax model, which has none."""
     ffn_widths: dict[str, int] = field(default_factory=dict)
     """Module path of an FFN ("image.trunk.stages.0.blocks.0.mlp") to its hidden width."""
     folded: bool = False
@@ -103,7 +105,10 @@ class ModelConfig:
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """JSON-ready form of a config, with its schema number."""
-    return {"schema": SCHEMA, **dataclasses.asdict(config)}
+    found = {"schema": SCHEMA, **dataclasses.asdict(config)}
+    if config.logit_bias is None:
+        del found["logit_bias"]  # as before there were sigmoid models
+    return found
 
 
 def config_from_dict(data: dict[str, Any], where: str = "config.json") -> ModelConfig:

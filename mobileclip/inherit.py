@@ -98,6 +98,8 @@ def inherit(student: ImageTextModel, source: ImageTextModel, *, layers: Layers =
         )
     with torch.no_grad():
         result.logit_scale.copy_(source.logit_scale)
+        if result.logit_bias is not None and source.logit_bias is not None:
+            result.logit_bias.copy_(source.logit_bias)
     if source.config.licence != student.config.licence:
         result.config = dataclasses.replace(student.config, licence=source.config.licence)
     result.config = dataclasses.replace(result.config, sources=(*source.config.sources, f"weights inherited from {source.config.name} ({source.config.licence})"))

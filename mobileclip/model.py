@@ -27,6 +27,7 @@ class ImageTextModel(nn.Module):
         self.image = ImageTower(config.image, config.embed_dim)
         self.text = TextTower(config.text, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias)) if config.logit_bias is not None else None
         for path, width in config.ffn_widths.items():
             resize_ffn(self, path, width)
 
