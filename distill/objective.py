@@ -84,10 +84,14 @@ def _set_terms(
         terms["affinity"] = nested(lambda i, t: sigmoid_affinity_loss(i, t, scale, bias, taught.images, taught.texts, taught.logit_scales, biases), image, text)
     if recipe.feature:
         assert basis is not None
-        # Each tower follows its own teacher embedding: a picture whose caption is wrong still teaches the image tower what it shows.
-        follow_image, follow_text = (nested_feature(one, ensemble_target(of, basis), recipe) for one, of in ((image, taught.images), (text, taught.texts)))
-        terms["feature"] = (follow_image + follow_text) / 2
+        terms["feature"] = feature_term(image, text, taught, recipe, basis)
     return terms
+
+
+def feature_term(image: Tensor, text: Tensor, taught: Taught, recipe: Recipe, basis: Tensor) -> Tensor:
+    """Each tower follows its own teacher embedding: a picture whose caption is wrong still teaches the image tower what it shows."""
+    follow_image, follow_text = (nested_feature(one, ensemble_target(of, basis), recipe) for one, of in ((image, taught.images), (text, taught.texts)))
+    return (follow_image + follow_text) / 2
 
 
 def text_terms(text: Tensor, taught: Taught, recipe: Recipe, basis: Tensor | None) -> dict[str, Tensor]:
@@ -151,7 +155,7 @@ def encode_texts(model: ImageTextModel, tokens: np.ndarray, groups: int = 4) -> 
     lengths = tokens.argmax(axis=1) + 1
     order = np.argsort(lengths, kind="stable")
     parts = [
-        model.encode_text(torch.from_numpy(np.ascontiguousarray(tokens[rows, : lengths[rows].max()])).to(device))
+        model.encode_text(torch.from_numpy(np.ascontiguousarray(tokens[rows, : lengths[rows].max()])).to(device), normalize=False)
         for rows in np.array_split(order, groups) if len(rows)
     ]  # fmt: skip
-    return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(device)]
+    return F.normalize(torch.cat(parts).float() if parts[0].dtype == torch.bfloat16 else torch.cat(parts), dim=-1)[torch.from_numpy(np.argsort(order)).to(device)]

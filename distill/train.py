@@ -32,6 +32,7 @@ from distill.objective import basis_of, typical_similarities
 from distill.processes import Processes, join, leave, start_processes
 from distill.progress import progress
 from distill.recipes import Recipe
+from distill.ring import check_ring
 from distill.schedule import Plan
 from distill.store import Store, open_store
 from distill.train_config import TrainConfig, fingerprint_of
@@ -65,6 +66,8 @@ def train(config: TrainConfig) -> Path:
     processes = Processes.joined()
     recipe = config.resolved_recipe()
     plan = Plan.of(config.samples, recipe)
+    if config.exchange == "ring":
+        check_ring(recipe)
     compute = Compute(device=device_of(config.device), precision=config.precision, grad_checkpointing=config.grad_checkpointing)
     ghost_batches(recipe.batch_size, recipe.ghost_batch, processes.rank, processes.world)  # refuses what cannot be shared
     keep = read_keep_list(config.keep) if config.keep is not None else None
@@ -98,7 +101,7 @@ def train(config: TrainConfig) -> Path:
         checkpoint_blocks(run.model)
     if config.compile:
         compile_towers(run.model)
-    guide = _guide(recipe, data, followed, run.model.config.embed_dim, compute, processes)
+    guide = _guide(recipe, data, followed, run.model.config.embed_dim, compute, processes, config.exchange == "ring")
     best = _loop(run, plan, recipe, config, data, guide, out, fingerprint, processes)
     unreadable = processes.total(data.unreadable_count)
     if processes.rank:
@@ -165,13 +168,13 @@ def _loop(
     return validate.best
 
 
-def _guide(recipe: Recipe, data: ReinforcedPairs, followed: Followed, dim: int, compute: Compute, processes: Processes) -> Guide:
+def _guide(recipe: Recipe, data: ReinforcedPairs, followed: Followed, dim: int, compute: Compute, processes: Processes, ring: bool) -> Guide:
     basis = basis_of(data.store, data.rows, followed.numbers, dim).to(compute.device) if recipe.feature or recipe.text_samples else None
     if basis is not None:
         processes.agree([basis])
     asked = recipe.gate == "teacher" or (recipe.form == "sigmoid" and recipe.affinity)
     typical = typical_similarities(data.store, data.rows, followed.numbers) if asked else ()
-    return Guide(followed=followed, basis=basis, typical=typical, compute=compute)
+    return Guide(followed=followed, basis=basis, typical=typical, compute=compute, ring=ring)
 
 
 def _step(
@@ -240,6 +243,9 @@ def check(config: TrainConfig, world: int) -> bool:
     """
     recipe = config.resolved_recipe()
     Plan.of(config.samples, recipe)
+    if config.exchange == "ring":
+        check_ring(recipe)
+    device_of(config.device)
     ghost_batches(recipe.batch_size, recipe.ghost_batch, 0, world)
     if config.keep is not None:
         read_keep_list(config.keep)

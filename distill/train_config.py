@@ -98,6 +98,8 @@ class TrainConfig:
     """torch.compile the towers: minutes before the first step, faster ones after it."""
     grad_checkpointing: bool = False
     """Keep only what goes into each block of the towers and compute the rest again for the gradient: less memory, a third more time."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """What several processes know of each other's embeddings: all at once, or a neighbour's share at a time, for very many processes."""
     nproc: int = 1
     """Processes on this machine that share every batch; the result is that of one, to rounding. For several machines use torchrun."""
 

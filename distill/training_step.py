@@ -17,6 +17,7 @@ from distill.ghost_norm import ghost_batches, one_update
 from distill.objective import Taught, pair_terms, text_terms
 from distill.processes import ALONE, Processes
 from distill.recipes import Recipe
+from distill.ring import ring_pair_terms
 from distill.schedule import Plan, learning_rate
 from distill.store import Store
 from distill.training_state import Run
@@ -62,6 +63,8 @@ class Guide:
     typical: tuple[float, ...] = ()
     """`distill.objective.typical_similarities`, where the teachers gate or the form is sigmoid."""
     compute: Compute = field(default_factory=Compute)
+    ring: bool = False
+    """Embeddings go round (distill/ring.py) instead of being gathered."""
 
     def taught(self, images: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> Taught:
         """The teachers' embeddings of a batch, on the device."""
@@ -107,12 +110,14 @@ def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_o
     share = len(batch.rows)
     starts = range(0, len(batch.tokens), share)  # of the sets of captions
 
-    def whole(array: np.ndarray) -> np.ndarray:
-        return np.concatenate([processes.gather_array(array[start : start + share], compute.device) for start in starts])
+    ring = guide.ring and processes.world > 1 and not text_only
 
-    images = [processes.gather_array(array, compute.device) for array in batch.teacher_images]
+    def whole(array: np.ndarray) -> np.ndarray:
+        return array if ring else np.concatenate([processes.gather_array(array[start : start + share], compute.device) for start in starts])
+
+    images = [array if ring else processes.gather_array(array, compute.device) for array in batch.teacher_images]
     taught = guide.taught(images, [whole(array) for array in batch.teacher_texts])
-    same = np.unique(whole(batch.texts), return_inverse=True)[1] if processes.world > 1 else batch.same
+    same = batch.texts if ring else np.unique(whole(batch.texts), return_inverse=True)[1] if processes.world > 1 else batch.same
 
     def encode(_: int, rows: slice) -> tuple[Tensor, ...]:
         images = () if text_only else (compute.encode_image(model, batch.pixels[rows]),)
@@ -123,6 +128,8 @@ def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_o
         text = torch.cat(embeddings if text_only else embeddings[1:])
         if text_only:
             terms = text_terms(text, taught, recipe, guide.basis)
+        elif ring:
+            terms = ring_pair_terms(embeddings[0], text, model.logit_scale.exp(), compute.tensor(same), taught, recipe, guide.basis, processes)
         else:
             terms = pair_terms(embeddings[0], text, model.logit_scale.exp(), model.logit_bias, compute.tensor(same), taught, recipe, guide.basis)
         found.update({name: value.detach() for name, value in terms.items()})
@@ -131,7 +138,7 @@ def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_o
     pieces = ghost_batches(share * processes.world, recipe.ghost_batch, processes.rank, processes.world)
     run.optimizer.zero_grad(set_to_none=True)
     with one_update(model, processes.mean if processes.world > 1 else None):
-        accumulate(encode, pieces, loss, seed=seed, step=run.step, exchange=processes if processes.world > 1 else None)
+        accumulate(encode, pieces, loss, seed=seed, step=run.step, exchange=processes if processes.world > 1 and not ring else None)
     processes.sum_gradients(model.parameters(), whole=[model.logit_scale, *([] if model.logit_bias is None else [model.logit_bias])])
     return found
 

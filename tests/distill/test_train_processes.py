@@ -49,9 +49,9 @@ def losses(out: Path) -> np.ndarray:
     return np.array([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_write_what_one_writes(world: Path, tmp_path: Path, count: int) -> None:
-    done = start(world, tmp_path / "shared", "--nproc", str(count))
+@pytest.mark.parametrize(("count", "exchange"), [(2, "gather"), (2, "ring"), pytest.param(3, "gather", marks=pytest.mark.slow), pytest.param(3, "ring", marks=pytest.mark.slow)])
+def test_several_processes_write_what_one_writes(world: Path, tmp_path: Path, count: int, exchange: str) -> None:
+    done = start(world, tmp_path / "shared", "--nproc", str(count), "--exchange", exchange)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("samples/s") == 1  # one process speaks
     alone, shared = losses(world / "alone"), losses(tmp_path / "shared")
