@@ -3,6 +3,8 @@
     mclip eval CKPT --data PAIRS/test
     mclip eval BUNDLE --data PAIRS/test --task zero-shot --json
     mclip eval --compare A B --data PAIRS/test            which is better (distill/comparison.py)
+    mclip eval --query STUDENT --gallery TEACHER TEACHER --data PAIRS/test          texts by one, pictures by the other (distill/asymmetric.py)
+    mclip eval CKPT --data IMAGENET --task zero-shot      class folders, or a webdataset of CLIP_benchmark (distill/evaluation_sets.py)
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 
+from distill.evaluation_sets import classify, is_class_folder, is_webdataset, open_captioned, open_labelled, retrieve
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
 from mobileclip.model import ImageTextModel
 from runtime.errors import CheckpointError, RecipeError
@@ -67,6 +70,29 @@ class EnsembleEncoder:
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         return np.concatenate([member.encode_text(list(texts)) for member in self.members], axis=1) / len(self.members) ** 0.5
+
+
+class Cut:
+    """The first `dim` coordinates of an encoder's embeddings, brought to unit norm: what a model with nested dimensions offers (Matryoshka).
+
+    Raises:
+        RecipeError: at the first use, where the embeddings are shorter.
+    """
+
+    def __init__(self, encoder: Encoder, dim: int) -> None:
+        self.encoder, self.dim = encoder, dim
+
+    def encode_image(self, images: list[Any]) -> np.ndarray:
+        return self._cut(self.encoder.encode_image(images))
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        return self._cut(self.encoder.encode_text(texts))
+
+    def _cut(self, embeddings: np.ndarray) -> np.ndarray:
+        if not 1 <= self.dim <= embeddings.shape[1]:
+            raise RecipeError(f"--dim is {self.dim}, and the embeddings have {embeddings.shape[1]} dimensions; choose 1 to {embeddings.shape[1]}")
+        cut = embeddings[:, : self.dim]
+        return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
 def open_encoder(path: str | os.PathLike[str], threads: int | None = None) -> Encoder:
@@ -132,12 +158,24 @@ class EvalConfig:
     """Pairs folder."""
     compare: tuple[str, str] | None = None
     """Two checkpoints or bundles, or folders of several seeds of each: says whether the second is better, worse, or not significantly different."""
+    query: str | None = None
+    """Checkpoint or bundle that embeds the texts, for search in a gallery that another model embedded."""
+    gallery: tuple[str, ...] = ()
+    """Checkpoint or bundle that embeds the pictures; several: the teachers that the query's student followed, in their order."""
+    split: str = "test"
+    """Of a CLIP_benchmark webdataset."""
+    classnames: str | None = None
+    """File of class names, one a line, instead of the data's own."""
+    templates: str | None = None
+    """File of prompt templates, one a line with {} or {c}, instead of the data's own."""
     splits: tuple[str, ...] = ()
     """Splits of the pairs to compare on; empty: all that there are."""
     k: int = 5
     """Of the recall that is compared."""
     direction: Literal["text_to_image", "image_to_text"] = "text_to_image"
     """What is compared."""
+    dim: int | None = None
+    """Use the first so many dimensions of the embeddings only."""
     task: Literal["retrieval", "zero-shot"] = "retrieval"
     seed: int = 0
     """Of the bootstrap."""
@@ -150,8 +188,11 @@ def main(argv: list[str]) -> int:
     """`mclip eval CKPT|BUNDLE --data PAIRS`."""
     config = tyro.cli(EvalConfig, args=argv, prog="mclip eval", description=__doc__)
     torch.set_num_threads(config.threads)
-    if (config.compare is None) == (not config.model):
-        raise RecipeError("mclip eval takes either one model or --compare with two; give a checkpoint or bundle folder, or --compare A B")
+    asked = [bool(config.model), config.compare is not None, config.query is not None or bool(config.gallery)]
+    if sum(asked) != 1:
+        raise RecipeError("mclip eval takes one model, or --compare A B, or --query A --gallery B; give one of the three")
+    if asked[2]:
+        return _asymmetric(config)
     if config.compare is not None:
         from distill.comparison import compare_sides, format_comparison
 
@@ -161,7 +202,11 @@ def main(argv: list[str]) -> int:
         said = json.dumps({"compare": list(config.compare), **compared}) + "\n" if config.json else format_comparison(compared, config.compare)
         sys.stdout.write(said)
         return 0
-    encoder, pairs = open_encoder(config.model, config.threads), open_pairs(config.data)
+    if is_webdataset(Path(config.data), config.split) or is_class_folder(Path(config.data)):
+        return _foreign_set(config)
+    if config.classnames is not None or config.templates is not None:
+        raise RecipeError(f"--classnames and --templates are for class folders and CLIP_benchmark sets, and '{config.data}' is neither; leave them out")
+    encoder, pairs = _encoder(config), open_pairs(config.data)
     result = retrieval(encoder, pairs, seed=config.seed) if config.task == "retrieval" else zero_shot(encoder, pairs)
     if config.json:
         sys.stdout.write(json.dumps({"model": config.model, "config": dataclasses.asdict(config), **result}) + "\n")
@@ -169,6 +214,44 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(format_retrieval(result))
     else:
         sys.stdout.write(json.dumps({key: value for key, value in result.items() if not isinstance(value, list)}, indent=1) + "\n")
+    return 0
+
+
+def _encoder(config: EvalConfig) -> Encoder:
+    encoder = open_encoder(config.model, config.threads)
+    return encoder if config.dim is None else Cut(encoder, config.dim)
+
+
+def _asymmetric(config: EvalConfig) -> int:
+    from distill.asymmetric import format_matrix, matrix
+
+    if config.query is None or not config.gallery:
+        raise RecipeError("--query and --gallery belong together: who embeds the texts, and who the pictures")
+    result = matrix((config.query,), config.gallery, open_pairs(config.data), k=config.k, seed=config.seed, threads=config.threads)
+    facts = {"query": config.query, "gallery": list(config.gallery), **result}
+    sys.stdout.write(json.dumps(facts) + "\n" if config.json else format_matrix(result, (config.query,), config.gallery))
+    return 0
+
+
+def _foreign_set(config: EvalConfig) -> int:
+    """Class folders and CLIP_benchmark's webdatasets."""
+    folder, encoder = Path(config.data), _encoder(config)
+    if config.task == "retrieval":
+        if not is_webdataset(folder, config.split):
+            raise RecipeError(f"'{folder}' holds class folders, which have no captions to retrieve by; use --task zero-shot")
+        result = retrieve(encoder, open_captioned(folder, config.split), seed=config.seed)
+        lines = [f"{result['pictures']} pictures, {result['captions']} captions"]
+        for direction in ("text_to_image", "image_to_text"):
+            lines.append(f"{direction:14} " + "  ".join(f"{name} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for name, row in result[direction].items()))
+    else:
+        names, templates = (Path(given) if given is not None else None for given in (config.classnames, config.templates))
+        result = classify(encoder, open_labelled(folder, config.split, names, templates), seed=config.seed)
+        top = "  ".join(f"{name} {result[name]['value']:.3f} [{result[name]['low']:.3f}, {result[name]['high']:.3f}]" for name in ("accuracy@1", "accuracy@5"))
+        lines = [f"{result['n']} pictures of {result['classes']} classes, {len(result['templates'])} templates", f"{top}  mean per class {result['mean_per_class']:.3f}"]
+        lines.append(f"always the largest class: {result['majority']:.3f}")
+    if result["skipped"]:
+        lines.append(f"{len(result['skipped'])} pictures did not decode and are left out, the first is {result['skipped'][0]}")
+    sys.stdout.write(json.dumps({"model": config.model, "config": dataclasses.asdict(config), **result}) + "\n" if config.json else "\n".join(lines) + "\n")
     return 0
 
 

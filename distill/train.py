@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.asymmetric import BASIS
 from distill.compute import Compute, checkpoint_blocks, compile_towers, device_of
 from distill.dataset import Batch, ReinforcedPairs
 from distill.ghost_norm import ghost_batches
@@ -112,6 +114,9 @@ def train(config: TrainConfig) -> Path:
         "dropped": data.dropped, "unreadable_count": unreadable, "processes": processes.world, "best": best,
         "unreadable": dict(sorted(data.unreadable.items())), **time_figures(out),
     }  # fmt: skip
+    if guide.basis is not None:
+        names = [store.teachers[k].name for k in followed.numbers]
+        save_file({"basis": guide.basis.cpu().contiguous()}, out / BASIS, metadata={"teachers": json.dumps(names)})
     run.average.logit_scale.data.copy_(run.model.logit_scale.data)
     if run.model.logit_bias is not None and run.average.logit_bias is not None:
         run.average.logit_bias.data.copy_(run.model.logit_bias.data)

@@ -113,7 +113,7 @@ class Experiment:
             job.name,
             [["benchmarks.suites.efficiency_run", "--out", str(folder), "--pairs", str(world.pairs), "--store", str(store), "--recipe", str(recipe), "--samples", str(job.samples),
               "--seed", str(job.seed), "--validation", str(self.validation), "--test", str(self.test), *(["--keep", str(keep)] if keep else []),
-              *(["--embed-dim", "512", "--keep-weights"] if job.arm == "nested" else [])]],
+              *(["--embed-dim", "512", "--cuts", "64", "128", "256", "512"] if job.arm == "nested" else [])]],
             inputs=[store / "index.json", recipe, *([keep] if keep else [])], outputs=[folder / "ranks.json"],
         )  # fmt: skip
 
@@ -157,7 +157,7 @@ def plan(config: EfficiencyConfig, tuned: dict[Family, dict[int, tuple[int, floa
         "ladder": jobs((*LADDER, "unmatched"), (config.ladder_samples,), some),
         "oracles": jobs(("gated", "right_half", "clean", "plain"), (config.oracle_samples,), some),
         "more seeds": jobs(("plain", "reinforced"), config.budgets, range(config.seeds, config.headline_seeds)),
-        "nested": jobs(("nested",), (config.oracle_samples,), (0,)),
+        "nested": jobs(("nested",), (config.oracle_samples,), some),
         "noise": jobs(("clean", "plain_25"), (small[1], config.oracle_samples), some) + jobs(("reinforced_0", "reinforced_25"), small, some),
         "harm": jobs(("clean", "shuffled_10", "shuffled_50"), (config.tuning[0],), some) + jobs(("reinforced",), (config.tuning[0],), range(2 * config.seeds)),
         "apart": jobs(("plain_apart",), (small[1], config.oracle_samples), some) + jobs(("reinforced_apart",), small, some),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,22 @@ def figures_of(experiment: Experiment, jobs: Sequence[Job], tuned: dict[Any, Any
     if same is not None and len(same) >= 2 * experiment.config.seeds:
         count = experiment.config.seeds
         figures["same_twice"] = {"arm": "reinforced", "samples": experiment.config.tuning[0], **difference(same[:count], same[count : 2 * count])}
+    if any(arm == "nested" for arm, _ in known):
+        figures["nested"] = _nested(experiment, jobs)
     if "web50" in figures["ratios"]:
         found = figures["ratios"]["web50"]["trained"]
         most = max(samples for arm, samples in known if arm == "reinforced")
         figures |= {"samples_ratio_plain_over_reinforced": found["median"], "samples_ratio_low": found["low"], "samples_ratio_high": found["high"],
                     "seeds": len(found["seeds"]), "recall5_reinforced": round(float(hits["reinforced", most, "trained"].mean()), 4)}  # fmt: skip
     return figures
+
+
+def _nested(experiment: Experiment, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Recall@5 of the embeddings cut to each length, and the share that 128 of 512 dimensions keep."""
+    found = [json.loads((experiment.out / "runs" / job.name / "ranks.json").read_text(encoding="utf-8"))["cuts"] for job in jobs if job.arm == "nested"]
+    recalls = {dim: round(float(np.mean([np.array(one[dim]["trained"]) <= 5 for one in found])), 4) for dim in found[0]}
+    kept = [np.mean(np.array(one["128"]["trained"]) <= 5) / max(np.mean(np.array(one["512"]["trained"]) <= 5), 1e-9) for one in found]
+    return {"recall5": recalls, "kept_128_of_512": round(recalls["128"] / max(recalls["512"], 1e-9), 4), "kept_of_each_seed": [round(float(one), 4) for one in kept]}
 
 
 def _asked(experiment: Experiment, found: np.ndarray) -> np.ndarray:
@@ -102,6 +113,9 @@ def as_text(figures: dict[str, Any]) -> str:
     if figures["steps"]:
         lines.append("\nstep by step (difference of recall@5 with its 95 % interval over queries and seeds)")
         lines += [_verdict(f"{row['title']} against {row['against']}, {row['samples']:,} samples", row) for row in figures["steps"]]
+    if "nested" in figures:
+        cut = ", ".join(f"{dim}: {value:.3f}" for dim, value in figures["nested"]["recall5"].items())
+        lines.append(f"\nnested dimensions, recall@5 of embeddings cut to {cut}; 128 of 512 keep {figures['nested']['kept_128_of_512']:.1%}")
     if "same_twice" in figures:
         lines.append(_verdict("the same training with other seeds (A/A)", figures["same_twice"]))
     return "\n".join(lines)

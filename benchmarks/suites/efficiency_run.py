@@ -11,11 +11,12 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
-from distill.evaluate import open_encoder
+from distill.evaluate import Cut, open_encoder
 from distill.train import TrainConfig, train
 from runtime.evaluation import retrieval
 from runtime.files import write_json
@@ -36,6 +37,8 @@ class OneRun:
     """Pairs of the style that results are read from."""
     keep: str | None = None
     embed_dim: int | None = None
+    cuts: tuple[int, ...] = ()
+    """Lengths that the embeddings are cut to for further evaluations."""
     keep_weights: bool = False
 
 
@@ -54,7 +57,9 @@ def run(one: OneRun) -> Path:
     encoder = open_encoder(checkpoint)
     found = {name: retrieval(encoder, open_pairs(folder)) for name, folder in (("validation", one.validation), ("test", one.test))}
     seconds = json.loads((checkpoint / "receipt.json").read_text(encoding="utf-8"))["figures"]["seconds"]
-    ranks = {name: value["ranks"]["text_to_image"] for name, value in found.items()}
+    ranks: dict[str, Any] = {name: value["ranks"]["text_to_image"] for name, value in found.items()}
+    if one.cuts:
+        ranks["cuts"] = {str(dim): retrieval(Cut(encoder, dim), open_pairs(one.test))["ranks"]["text_to_image"] for dim in one.cuts}
     write_json(result, {**ranks, "queries": found["test"]["queries"]["text_to_image"], "seconds": seconds})
     if not one.keep_weights:
         (checkpoint / "model.safetensors").unlink()
