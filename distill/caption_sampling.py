@@ -80,8 +80,9 @@ class CaptionSampler:
 class CaptionTokens:
     """Tokens of stored captions, made when they are first asked for and kept for the REMEMBERED last. Threads may share it."""
 
-    def __init__(self, store: Store, tokenizer: Tokenizer, remembered: int = REMEMBERED) -> None:
-        self._store, self._tokenizer, self._remembered = store, tokenizer, remembered
+    def __init__(self, store: Store, tokenizer: Tokenizer, remembered: int = REMEMBERED, cut: bool = True) -> None:
+        """cut: leave out what follows the longest text of a batch, as causal and pad-masked towers allow."""
+        self._store, self._tokenizer, self._remembered, self._cut = store, tokenizer, remembered, cut
         self._numbers: dict[tuple[int, int], int] = {}  # (row, caption) to the number of its text
         self._texts: dict[str, int] = {}
         self._rows: list[np.ndarray] = []  # per text its (context_length,) int32
@@ -100,7 +101,7 @@ class CaptionTokens:
             tokens = np.stack([self._rows[number] for number in numbers])
         first: dict[int, int] = {}
         same = np.array([first.setdefault(number, n) for n, number in enumerate(numbers)])
-        longest = int(tokens.argmax(axis=1).max()) + 1  # EOT is the largest id
+        longest = int(tokens.argmax(axis=1).max()) + 1 if self._cut else tokens.shape[1]  # EOT is the largest id
         return tokens[:, :longest], same
 
     def identities(self, rows: np.ndarray, captions: np.ndarray) -> np.ndarray:

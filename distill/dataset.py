@@ -83,7 +83,7 @@ class ReinforcedPairs:
     def __init__(
         self, pairs: Pairs, store: Store, config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, caption_mix: Mapping[str, float] | None = None,
         caption_sets: Sequence[str] = (), teachers: Sequence[int] = (), max_augmentations: int = 0, shuffle_shards: int = 0, keep: KeepList | None = None,
-        rank: int = 0, world: int = 1, matched_views: bool = True, cache_bytes: int = 1 << 30,
+        rank: int = 0, world: int = 1, matched_views: bool = True, cut_texts: bool = True, cache_bytes: int = 1 << 30,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -94,6 +94,7 @@ class ReinforcedPairs:
             shuffle_shards: shards that are shuffled together; 0: all.
             keep: train on these keys only.
             matched_views: whether a teacher's embedding is that of the view that is shown; False: of the stored one after it.
+            cut_texts: leave out padding beyond a batch's longest text.
             rank, world: this process takes the rank-th of `world` equal slices of every batch.
 
         Raises:
@@ -107,7 +108,7 @@ class ReinforcedPairs:
         counts = store.n_augmentations if max_augmentations <= 0 else np.minimum(store.n_augmentations, max_augmentations)
         self._n_augs = counts
         mixes = [{name: 1.0} for name in caption_sets] or [caption_mix]
-        self._samplers, self.tokens = [CaptionSampler(store, seed, mix) for mix in mixes], CaptionTokens(store, tokenizer)
+        self._samplers, self.tokens = [CaptionSampler(store, seed, mix) for mix in mixes], CaptionTokens(store, tokenizer, cut=cut_texts)
         for sampler in self._samplers:
             sampler.check(self.rows)
         starts = np.array([shard.start for shard in pairs.shards] + [len(pairs)])

@@ -149,10 +149,13 @@ def _first_ones(store: Store, rows: np.ndarray, teachers: tuple[int, ...]) -> tu
 def encode_texts(model: ImageTextModel, tokens: np.ndarray, groups: int = 4) -> Tensor:
     """tokens (B, T) int32 -> (B, D), unit norm, in groups of like length: most captions are a third as long as a batch's longest.
 
-    Exact for the causal and pad-masked towers that are trained here, whose embedding does not depend on the padding.
+    Exact for causal and pad-masked towers, whose embedding does not depend on the padding. Towers that see it (MobileCLIP's, mask "none") get it whole.
     """
     device = model.logit_scale.device
-    lengths = tokens.argmax(axis=1) + 1
+    if model.config.text.mask == "none":
+        groups, lengths = 1, np.full(len(tokens), tokens.shape[1])
+    else:
+        lengths = tokens.argmax(axis=1) + 1
     order = np.argsort(lengths, kind="stable")
     parts = [
         model.encode_text(torch.from_numpy(np.ascontiguousarray(tokens[rows, : lengths[rows].max()])).to(device), normalize=False)

@@ -130,7 +130,35 @@ def recovery() -> Recipe:
     return dataclasses.replace(reinforced(), learning_rate=1e-3, text_samples=0)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"plain": plain, "reinforced": reinforced, "recovery": recovery}
+def datacompdr_s() -> Recipe:
+    """torchrun … -m mobileclip.cli train --pairs P --store S --out CKPT --recipe datacompdr_s --model mobileclip_s2 --samples 245760000 --precision bf16
+
+    MobileCLIP's S models on DataCompDR-12M as published (30,000 steps of 8,192; lambda 1: affinity alone, over a real and a synthetic batch of the same
+    pictures; ghost batches are the 256 samples of one of 32 GPUs). Their sum over the two batches is a mean here, which Adam does not see.
+    """
+    return Recipe(
+        batch_size=8192, learning_rate=1e-3, warmup=1000 / 30_000, weight_decay=0.2, betas=(0.9, 0.95), ema_decay=0.9995, contrastive=0.0, affinity=1.0,
+        caption_sets=("raw", "synthetic"), ghost_batch=256, shuffle_shards=64,
+    )  # fmt: skip
+
+
+def datacompdr_b() -> Recipe:
+    """As `datacompdr_s`, with --model mobileclip_b: lambda 0.75, a quarter of the loss is contrastive."""
+    return dataclasses.replace(datacompdr_s(), contrastive=0.25, affinity=0.75)
+
+
+def finetune() -> Recipe:
+    """mclip train --init CKPT --pairs DOMAIN --store DOMAIN-STORE --out TUNED --recipe finetune, where CKPT itself reinforced DOMAIN-STORE
+
+    A finished model learns a domain and is held to what it knew: the affinities that it had itself on the domain's pairs. Then
+    `mclip average CKPT TUNED OUT` (docs/guides/finetuning.md).
+    """
+    return Recipe(batch_size=64, learning_rate=2e-4, contrastive=1.0, affinity=1.0, caption_mix={"raw": 1.0}, ema_decay=0.99)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "plain": plain, "reinforced": reinforced, "recovery": recovery, "datacompdr_s": datacompdr_s, "datacompdr_b": datacompdr_b, "finetune": finetune
+}  # fmt: skip
 
 
 def load_recipe(name: str) -> Recipe:

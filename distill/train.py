@@ -43,14 +43,12 @@ from distill.training_state import Run, finished, remove_states, restore, save, 
 from distill.training_step import Followed, Guide, follow, training_step, update
 from mobileclip.backbone_weights import load_backbone
 from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
-from mobileclip.config import ModelConfig
 from mobileclip.inherit import inherit
 from mobileclip.model import ImageTextModel
 from mobileclip.models import create_model
-from runtime.errors import RecipeError, TrainingError
+from runtime.errors import TrainingError
 from runtime.files import write_json
 from runtime.pairs import open_pairs
-from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +62,7 @@ def train(config: TrainConfig) -> Path:
         RecipeError, PairsError, StoreError, CheckpointError: the inputs do not fit (before anything is written).
         TrainingError: the folder holds a run with other settings, or the loss is no longer finite.
     """
+    config.check_places()
     torch.set_num_threads(config.threads)
     processes = Processes.joined()
     recipe = config.resolved_recipe()
@@ -84,10 +83,11 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     model, tokenizer_path, inherited = _make_model(config, out, processes)
     data = ReinforcedPairs(
-        pairs, store, preprocess_config(model.config), _tokenizer(model.config, tokenizer_path), seed=config.seed, caption_mix=recipe.caption_mix,
+        pairs, store, preprocess_config(model.config), open_tokenizer(tokenizer_path.parent, model.config), seed=config.seed, caption_mix=recipe.caption_mix,
         caption_sets=recipe.caption_sets,
         teachers=followed.numbers, max_augmentations=recipe.max_augmentations, shuffle_shards=recipe.shuffle_shards, keep=keep,
         rank=processes.rank, world=processes.world, matched_views=recipe.matched_views,
+        cut_texts=model.config.text.mask != "none",
     )  # fmt: skip
     if recipe.batch_size > len(data):
         raise TrainingError(f"the recipe's batch_size is {recipe.batch_size}, and there are only {len(data)} pairs; choose a batch_size of at most that, or train on more pairs")
@@ -231,21 +231,13 @@ def _make_model(config: TrainConfig, out: Path, processes: Processes) -> tuple[I
     return model, path, facts
 
 
-def _tokenizer(config: ModelConfig, path: Path) -> Tokenizer:
-    if config.text.mask == "none":
-        raise RecipeError(
-            f"model '{config.name}' lets padding take part in attention (mask 'none'); training cuts texts to the longest of a batch and needs "
-            "mask 'causal' or 'pad'"
-        )
-    return open_tokenizer(path.parent, config)
-
-
 def check(config: TrainConfig, world: int) -> bool:
     """Open all that a run of `world` processes needs, so that what does not fit is said once and before any of them starts. True: it is done.
 
     Raises:
         RecipeError, PairsError, StoreError, CheckpointError, TrainingError: as `train`.
     """
+    config.check_places()
     recipe = config.resolved_recipe()
     Plan.of(config.samples, recipe)
     if config.exchange == "ring":
@@ -265,6 +257,11 @@ def main(argv: list[str]) -> int:
     import tyro
 
     config = tyro.cli(TrainConfig, args=argv, prog="mclip train", description=__doc__)
+    if config.dry_run:
+        from distill.dry_run import dry_run, format_dry_run
+
+        sys.stdout.write(format_dry_run(dry_run(config, config.nproc)))
+        return 0
     if config.nproc > 1 and "RANK" not in os.environ:
         if check(config, config.nproc):
             sys.stdout.write(f"{config.out} is complete\n")

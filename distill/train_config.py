@@ -28,11 +28,11 @@ LATER = ("ghost_batch", "form", "caption_sets", "multi_positive", "gate", "gate_
 class TrainConfig:
     """Settings of one run."""
 
-    pairs: str
+    pairs: str = ""
     """Folder of tar shards."""
-    store: str
+    store: str = ""
     """Their reinforcement, as `mclip reinforce` wrote it."""
-    out: str
+    out: str = ""
     """Checkpoint folder to write; it also holds metrics.jsonl and, while the run lasts, its state."""
     recipe: str = "reinforced"
     """A name in distill/recipes.py or a JSON file."""
@@ -100,8 +100,15 @@ class TrainConfig:
     """Keep only what goes into each block of the towers and compute the rest again for the gradient: less memory, a third more time."""
     exchange: Literal["gather", "ring"] = "gather"
     """What several processes know of each other's embeddings: all at once, or a neighbour's share at a time, for very many processes."""
+    dry_run: bool = False
+    """Train nothing: say shapes, steps and memory, and do one step on random data. Needs neither pairs nor store nor out."""
     nproc: int = 1
     """Processes on this machine that share every batch; the result is that of one, to rounding. For several machines use torchrun."""
+
+    def check_places(self) -> None:
+        """Raises RecipeError where a place that a run needs is not named."""
+        if missing := [f"--{name}" for name in ("pairs", "store", "out") if not getattr(self, name)]:
+            raise RecipeError(f"mclip train needs {', '.join(missing)}; give the pairs, their store and a folder to write, or ask for a --dry-run")
 
     def resolved_model(self) -> ModelConfig:
         """What is trained: the checkpoint's model, or the preset with its variations."""
