@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +24,11 @@ import torch
 import tyro
 
 from distill.evaluation_sets import classify, is_class_folder, is_webdataset, open_captioned, open_labelled, retrieve
+from distill.languages import read_texts
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
 from mobileclip.model import ImageTextModel
-from runtime.errors import CheckpointError, RecipeError
-from runtime.evaluation import Encoder, retrieval, zero_shot
+from runtime.errors import CheckpointError, PairsError, RecipeError
+from runtime.evaluation import Encoder, Gallery, embed_gallery, retrieval, zero_shot
 from runtime.metrics import ranks, recall_at_k
 from runtime.pairs import Pairs, open_pairs
 from runtime.preprocess import PreprocessConfig, preprocess
@@ -174,6 +175,8 @@ class EvalConfig:
     """Of the recall that is compared."""
     direction: Literal["text_to_image", "image_to_text"] = "text_to_image"
     """What is compared."""
+    labels: str | None = None
+    """File of texts by concept (.jsonl with "concept" and "label"), for instance in another language, that ask instead of the samples' own."""
     dim: int | None = None
     """Use the first so many dimensions of the embeddings only."""
     task: Literal["retrieval", "zero-shot"] = "retrieval"
@@ -207,7 +210,10 @@ def main(argv: list[str]) -> int:
     if config.classnames is not None or config.templates is not None:
         raise RecipeError(f"--classnames and --templates are for class folders and CLIP_benchmark sets, and '{config.data}' is neither; leave them out")
     encoder, pairs = _encoder(config), open_pairs(config.data)
-    result = retrieval(encoder, pairs, seed=config.seed) if config.task == "retrieval" else zero_shot(encoder, pairs)
+    gallery = embed_gallery(encoder, pairs)
+    if config.labels is not None:
+        gallery = asked_in(gallery, read_texts(config.labels), config.labels)
+    result = retrieval(encoder, pairs, seed=config.seed, gallery=gallery) if config.task == "retrieval" else zero_shot(encoder, pairs, gallery=gallery)
     if config.json:
         sys.stdout.write(json.dumps({"model": config.model, "config": dataclasses.asdict(config), **result}) + "\n")
     elif config.task == "retrieval":
@@ -215,6 +221,18 @@ def main(argv: list[str]) -> int:
     else:
         sys.stdout.write(json.dumps({key: value for key, value in result.items() if not isinstance(value, list)}, indent=1) + "\n")
     return 0
+
+
+def asked_in(gallery: Gallery, texts: Mapping[str, str], name: str) -> Gallery:
+    """The gallery, asked with other texts: concept to text.
+
+    Raises:
+        PairsError: a concept of the gallery has none.
+    """
+    missing = [group for group in gallery.groups if group not in texts]
+    if missing:
+        raise PairsError(f"'{name}' has no text for {len(set(missing))} of the pairs' concepts, the first is '{missing[0]}'; give texts of these concepts")
+    return dataclasses.replace(gallery, texts=[texts[group] for group in gallery.groups])
 
 
 def _encoder(config: EvalConfig) -> Encoder:

@@ -17,6 +17,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "curate": ("distill.curate:main", "choose pairs by rules: duplicates, captions, stored similarity"),
     "pilot": ("distill.pilot:main", "choose teachers and settings on a small share of the pairs, by the student's recall"),
     "train": ("distill.train:main", "train a student from pairs and a store"),
+    "average": ("distill.weight_average:main", "a model between a checkpoint and what was fine-tuned from it"),
+    "train-languages": ("distill.languages:main", "teach a text tower more languages, with texts alone"),
     "eval": ("distill.evaluate:main", "retrieval and zero-shot figures of a checkpoint or bundle"),
     "compress": ("export.compress:main", "prune a checkpoint and recover it from the store"),
     "export": ("export.bundle:main", "convert a checkpoint to a proven bundle"),
@@ -77,7 +79,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
 
 
 EXTRAS = {
-    "sample": "sample", "convert": "train", "train-captioner": "train", "caption": "train",
+    "sample": "sample", "convert": "train", "average": "train", "train-languages": "train", "train-captioner": "train", "caption": "train",
     "reinforce": "train", "curate": "train", "pilot": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
     "bench": "bench", "report": "bench", "demo": "all",
 }  # fmt: skip
