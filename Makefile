@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -34,6 +34,12 @@ demo-quick: $(STAMP)
 
 efficiency: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.efficiency --run out/demo --out out/efficiency
+
+bench-adaptation: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.adaptation --run out/demo --out out/adaptation
+
+bench-training: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.training --run out/demo --out out/bench-training
 
 grid: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.grid --run out/demo --out out/grid

@@ -38,7 +38,7 @@ from distill.ring import check_ring
 from distill.schedule import Plan
 from distill.store import Store, open_store
 from distill.train_config import TrainConfig, fingerprint_of
-from distill.training_metrics import Divergence, Validation, live_line, metrics_line, tensorboard, time_figures, total_of
+from distill.training_metrics import Clock, Divergence, Validation, limit_of, live_line, metrics_line, tensorboard, time_figures, total_of
 from distill.training_state import Run, finished, remove_states, restore, save, start
 from distill.training_step import Followed, Guide, follow, training_step, update
 from mobileclip.backbone_weights import load_backbone
@@ -140,7 +140,7 @@ def _loop(
     """
     first = processes.rank == 0
     validate = Validation(config.validation, config.validations, out, plan, run.step, fingerprint)
-    clock = {"data": 0.0, "model": 0.0, "optimizer": 0.0}
+    clock = Clock()
     log_every = max(1, plan.steps // 200)
     saved = started = time.monotonic()
     before = run.seconds
@@ -159,7 +159,8 @@ def _loop(
             run.seconds = before + time.monotonic() - started
             if first and (run.step % log_every == 0 or run.step == plan.steps):
                 line = metrics_line(run, plan, recipe, terms, clock, marks)
-                line.update(validate.maybe(run))
+                with clock.pause():
+                    line.update(validate.maybe(run))
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
                 board(line)
@@ -183,23 +184,19 @@ def _guide(recipe: Recipe, data: ReinforcedPairs, followed: Followed, dim: int, 
 
 
 def _step(
-    run: Run, plan: Plan, recipe: Recipe, batches: Iterator[Batch], store: Store, guide: Guide, clock: dict[str, float], processes: Processes, seed: int,
+    run: Run, plan: Plan, recipe: Recipe, batches: Iterator[Batch], store: Store, guide: Guide, clock: Clock, processes: Processes, seed: int,
     out: Path, divergence: Divergence,
 ) -> dict[str, Tensor]:
     """One optimiser step; returns the loss terms, detached. The clock's "data" is the time that the step waited for its batch."""
-    began = time.perf_counter()
-    batch = next(batches)
-    loaded = time.perf_counter()
+    with clock.measure("data"):
+        batch = next(batches)
     try:
-        terms = training_step(run, plan, recipe, batch, guide, processes, seed)
-        modelled = time.perf_counter()
-        update(run, plan, recipe)
+        terms = training_step(run, plan, recipe, batch, guide, processes, seed, clock)
+        with clock.measure("optimizer"):
+            update(run, plan, recipe)
         divergence.note(total_of({name: float(value) for name, value in terms.items()}, recipe), "pairs" if batch.pixels.size else "text", run.step + 1)
     except TrainingError as error:
         raise TrainingError(_accused(error, batch, store, recipe, out, run.step, processes.rank)) from None
-    ended = time.perf_counter()
-    for name, seconds in (("data", loaded - began), ("model", modelled - loaded), ("optimizer", ended - modelled)):
-        clock[name] += seconds
     return terms
 
 
@@ -280,6 +277,6 @@ def main(argv: list[str]) -> int:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["time_share"].items())
     sys.stdout.write(
         f"{out}: {figures['samples']:,} samples in {figures['seconds']:.0f} s, median {figures['samples_per_second']:.0f} samples/s on {config.threads} thread(s); "
-        f"time went to {shares}\n"
+        f"time went to {shares}; its limit is {limit_of(figures['time_share'])}\n"
     )
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +26,54 @@ BEST = "best"
 CHOSEN_BY = "recall@5_all"
 
 
-def metrics_line(run: Run, plan: Plan, recipe: Recipe, terms: dict[str, Tensor], clock: dict[str, float], marks: dict[str, float]) -> dict[str, Any]:
+class Clock:
+    """Where the time of a run goes: waiting for data, forward passes with the loss, backward passes, the optimiser with the average; "other" is the rest
+    (logging, saved states), validation left out. On a GPU a step's parts are when they were asked for, not when they were done."""
+
+    PARTS = ("data", "forward", "backward", "optimizer")
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.began = time.perf_counter()
+        self.left_out = 0.0
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Inside, time counts as `part`; what is measured inside that counts for itself alone."""
+        began, inner = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - began - (sum(self.seconds.values()) - inner)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, time counts for nothing."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.left_out += time.perf_counter() - began
+
+    def elapsed(self) -> float:
+        """Seconds of the run so far, without pauses."""
+        return time.perf_counter() - self.began - self.left_out
+
+    def shares(self) -> dict[str, float]:
+        """Share of every part, and of the rest."""
+        whole = max(self.elapsed(), 1e-9)
+        found = {name: round(seconds / whole, 3) for name, seconds in self.seconds.items()}
+        return {**found, "other": round(max(0.0, 1 - sum(self.seconds.values()) / whole), 3)}
+
+
+def metrics_line(run: Run, plan: Plan, recipe: Recipe, terms: dict[str, Tensor], clock: Clock, marks: dict[str, float]) -> dict[str, Any]:
     """One line of metrics.jsonl. `samples_per_second` counts pairs (captions in the text-only steps) since the line before."""
     values = {name: float(value) for name, value in terms.items()}
     text_only = run.step <= plan.text_steps
     items = (run.step - marks.get("step", 0)) * plan.batch_size * (2 if text_only else 1)
-    elapsed = sum(clock.values()) - marks.get("clock", 0.0)
-    marks.update(step=run.step, clock=sum(clock.values()))
+    now = clock.elapsed()
+    elapsed = now - marks.get("clock", 0.0)
+    marks.update(step=run.step, clock=now)
     return {
         "step": run.step,
         "phase": "text" if text_only else "pairs",
@@ -42,7 +84,7 @@ def metrics_line(run: Run, plan: Plan, recipe: Recipe, terms: dict[str, Tensor],
         "logit_scale": float(run.model.logit_scale.detach().exp()),
         "samples_per_second": round(items / max(elapsed, 1e-9), 1),
         "seconds": round(run.seconds, 2),
-        "time_share": {name: round(seconds / max(sum(clock.values()), 1e-9), 3) for name, seconds in clock.items()},
+        "time_share": clock.shares(),
     }
 
 
@@ -56,6 +98,18 @@ def live_line(line: dict[str, Any]) -> str:
     parts = " ".join(f"{name} {value:.3f}" for name, value in line["loss_terms"].items()) if len(line["loss_terms"]) > 1 else ""
     waited = f"  waited for data {line['time_share']['data']:.0%}" if line["time_share"]["data"] >= 0.005 else ""
     return f"loss {line['loss']:.3f}{f' ({parts})' if parts else ''}  {line['samples_per_second']:.0f} samples/s{waited}"
+
+
+def limit_of(shares: Mapping[str, float]) -> str:
+    """What a faster run would have to make faster, in words."""
+    advice = {
+        "data": "reading and decoding pictures (more --prefetch-threads, smaller pictures, a faster disk)",
+        "forward": "the forward passes (a smaller student, --compile, --precision bf16 where the processor has it)",
+        "backward": "the backward passes (a smaller student, --compile, --precision bf16 where the processor has it)",
+        "optimizer": "the optimiser (larger batches: fewer steps for as many samples)",
+        "other": "work between steps (saved states, logging: longer --save-seconds)",
+    }
+    return advice[max(shares, key=lambda name: shares[name])]
 
 
 def time_figures(out: Path) -> dict[str, Any]:

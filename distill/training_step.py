@@ -20,6 +20,7 @@ from distill.recipes import Recipe
 from distill.ring import ring_pair_terms
 from distill.schedule import Plan, learning_rate
 from distill.store import Store
+from distill.training_metrics import Clock
 from distill.training_state import Run
 from runtime.errors import RecipeError, TrainingError
 
@@ -72,7 +73,9 @@ class Guide:
         return Taught(images=next(tensors), texts=next(tensors), logit_scales=self.followed.logit_scales, typical=self.typical)
 
 
-def training_step(run: Run, plan: Plan, recipe: Recipe, batch: Batch, guide: Guide, processes: Processes = ALONE, seed: int = 0) -> dict[str, Tensor]:
+def training_step(
+    run: Run, plan: Plan, recipe: Recipe, batch: Batch, guide: Guide, processes: Processes = ALONE, seed: int = 0, clock: Clock | None = None
+) -> dict[str, Tensor]:  # fmt: skip
     """Returns the loss terms, detached. A batch without pictures trains the text tower alone.
 
     With several processes `batch` is this one's share; loss and gradient are those of the whole batch.
@@ -83,17 +86,20 @@ def training_step(run: Run, plan: Plan, recipe: Recipe, batch: Batch, guide: Gui
     run.model.train()
     text_only = run.step < plan.text_steps
     if recipe.ghost_batch or processes.world > 1:
-        return _step_in_pieces(run, recipe, batch, guide, text_only, processes, seed)
+        return _step_in_pieces(run, recipe, batch, guide, text_only, processes, seed, clock)
+    clock = clock or Clock()
     compute, taught = guide.compute, guide.taught(batch.teacher_images, batch.teacher_texts)
     with compute.step(run.model):
-        if text_only:
-            terms = text_terms(compute.encode_text(run.model, batch.tokens), taught, recipe, guide.basis)
-        else:
-            image, text = compute.encode_image(run.model, batch.pixels), compute.encode_text(run.model, batch.tokens)
-            terms = pair_terms(image, text, run.model.logit_scale.exp(), run.model.logit_bias, compute.tensor(batch.same), taught, recipe, guide.basis)
-        loss = _total(terms, recipe, run.step)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with clock.measure("forward"):
+            if text_only:
+                terms = text_terms(compute.encode_text(run.model, batch.tokens), taught, recipe, guide.basis)
+            else:
+                image, text = compute.encode_image(run.model, batch.pixels), compute.encode_text(run.model, batch.tokens)
+                terms = pair_terms(image, text, run.model.logit_scale.exp(), run.model.logit_bias, compute.tensor(batch.same), taught, recipe, guide.basis)
+            loss = _total(terms, recipe, run.step)
+        with clock.measure("backward"):
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
     return {name: value.detach() for name, value in terms.items()}
 
 
@@ -104,9 +110,11 @@ def _total(terms: dict[str, Tensor], recipe: Recipe, step: int) -> Tensor:
     return loss
 
 
-def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_only: bool, processes: Processes, seed: int) -> dict[str, Tensor]:
+def _step_in_pieces(
+    run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_only: bool, processes: Processes, seed: int, clock: Clock | None = None
+) -> dict[str, Tensor]:  # fmt: skip
     """The same for ghost batches and several processes: what the loss compares is gathered, what the towers compute is not."""
-    model, compute, found = run.model, guide.compute, {}
+    model, compute, found, timer = run.model, guide.compute, {}, clock or Clock()
     share = len(batch.rows)
     starts = range(0, len(batch.tokens), share)  # of the sets of captions
 
@@ -120,9 +128,10 @@ def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_o
     same = batch.texts if ring else np.unique(whole(batch.texts), return_inverse=True)[1] if processes.world > 1 else batch.same
 
     def encode(_: int, rows: slice) -> tuple[Tensor, ...]:
-        images = () if text_only else (compute.encode_image(model, batch.pixels[rows]),)
-        text = compute.encode_text(model, np.concatenate([batch.tokens[start + rows.start : start + rows.stop] for start in starts]))
-        return (*images, *text.chunk(len(starts)))
+        with timer.measure("forward"):
+            images = () if text_only else (compute.encode_image(model, batch.pixels[rows]),)
+            text = compute.encode_text(model, np.concatenate([batch.tokens[start + rows.start : start + rows.stop] for start in starts]))
+            return (*images, *text.chunk(len(starts)))
 
     def loss(*embeddings: Tensor) -> Tensor:
         text = torch.cat(embeddings if text_only else embeddings[1:])
@@ -137,9 +146,10 @@ def _step_in_pieces(run: Run, recipe: Recipe, batch: Batch, guide: Guide, text_o
 
     pieces = ghost_batches(share * processes.world, recipe.ghost_batch, processes.rank, processes.world)
     run.optimizer.zero_grad(set_to_none=True)
-    with one_update(model, processes.mean if processes.world > 1 else None):
+    with timer.measure("backward"), one_update(model, processes.mean if processes.world > 1 else None):
         accumulate(encode, pieces, loss, seed=seed, step=run.step, exchange=processes if processes.world > 1 and not ring else None)
-    processes.sum_gradients(model.parameters(), whole=[model.logit_scale, *([] if model.logit_bias is None else [model.logit_bias])])
+    with timer.measure("backward"):
+        processes.sum_gradients(model.parameters(), whole=[model.logit_scale, *([] if model.logit_bias is None else [model.logit_bias])])
     return found
 
 

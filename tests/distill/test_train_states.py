@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from distill import train as train_module
 from distill import training_step as step_module
 from distill.recipes import RECIPES
 from distill.train import TrainConfig, train
-from distill.training_metrics import BEST, Divergence, scalars
+from distill.training_metrics import BEST, Clock, Divergence, limit_of, scalars
 from distill.training_state import older_states
 from mobileclip.checkpoint import load_checkpoint
 from runtime.errors import MissingExtraError, RecipeError, TrainingError
@@ -246,3 +247,24 @@ def test_tensorboard_reads_what_is_written(world: Path, tmp_path: Path) -> None:
     found = events.Scalars("loss")
     assert [event.step for event in found] == [line["samples"] for line in lines]
     np.testing.assert_allclose([event.value for event in found], [line["loss"] for line in lines], rtol=1e-6)
+
+
+def test_a_clock_counts_every_second_once() -> None:
+    clock = Clock()
+    with clock.measure("backward"):
+        time.sleep(0.02)
+        with clock.measure("forward"):
+            time.sleep(0.03)
+    with clock.pause():
+        time.sleep(0.05)
+    assert clock.seconds["forward"] >= 0.03
+    assert 0.02 <= clock.seconds["backward"] < clock.seconds["backward"] + clock.seconds["forward"] <= clock.elapsed() + 1e-6
+    assert clock.left_out >= 0.05
+    assert sum(clock.shares().values()) == pytest.approx(1, abs=0.01)
+    assert limit_of(clock.shares()).startswith("the forward passes")
+
+
+def test_a_finished_run_says_where_its_time_went(world: Path) -> None:
+    figures = json.loads((world / "straight/receipt.json").read_text())["figures"]
+    assert set(figures["time_share"]) == {"data", "forward", "backward", "optimizer", "other"}
+    assert sum(figures["time_share"].values()) == pytest.approx(1, abs=0.02)
