@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,8 +64,15 @@ def test_what_cannot_be_had_is_one_sentence() -> None:
         load_backbone(create_model(student_config("pocket_s")), "timm")
 
 
-def test_timms_own_weights_are_asked_for_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"cannot be had from timm \(.+\); check the network"):
-        load_backbone(student(), "timm")
+def test_timms_own_weights_are_asked_for_and_their_absence_is_one_sentence(tmp_path: Path) -> None:
+    """A process of its own: the hub's client decides when it is imported whether it may use the network."""
+    code = (
+        "from mobileclip.backbone_weights import load_backbone\nfrom mobileclip.models import create_model\nfrom mobileclip.students import student_config\n"
+        "load_backbone(create_model(student_config('pocket_s', backbone='tf_efficientnet_lite0', image_size=96)), 'timm')"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("runtime.errors.CheckpointError: the weights of 'tf_efficientnet_lite0' cannot be had from timm ("), last
+    assert "check the network, or give the path of a file" in last
