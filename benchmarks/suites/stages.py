@@ -39,6 +39,8 @@ class Stages:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.crowded = False
         """True while several stages run at once: then none may draw a bar of its own."""
+        self.stopping = threading.Event()
+        """Set when chains are interrupted: their children are told, and no further stage begins."""
 
     def chains(self, *chains: Callable[[], None]) -> None:
         """Run functions that call `run` at the same time, each in a thread of its own, and wait for all.
@@ -62,11 +64,13 @@ class Stages:
             for thread in threads:
                 thread.join()
         except KeyboardInterrupt:
-            for thread in threads:  # the children were interrupted too; they save their state and end
+            self.stopping.set()  # a terminal interrupts the children too, a lone kill does not
+            for thread in threads:  # they save their state and end
                 thread.join()
             raise
         finally:
             self.crowded = False
+            self.stopping.clear()
         if errors:
             raise errors[0]
 
@@ -81,6 +85,8 @@ class Stages:
         Raises:
             StageError: a command failed; the others of the stage are ended first.
         """
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
         receipt = self.folder / f"{name}.json"
         digest = self._digest(commands, inputs)
         found = self._read(receipt)
@@ -91,7 +97,7 @@ class Stages:
         started = time.monotonic()
         spent = float(found["spent"]) if found.get("unfinished") == digest else 0.0
         try:
-            run_side_by_side(commands, self.out / "logs" / name, crowded=self.crowded)
+            run_side_by_side(commands, self.out / "logs" / name, crowded=self.crowded, stopping=self.stopping)
         except BaseException:
             write_json(receipt, {"unfinished": digest, "spent": spent + time.monotonic() - started})
             raise
@@ -124,8 +130,9 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def run_side_by_side(commands: Sequence[Sequence[str]], log: Path, crowded: bool = False) -> None:
-    """Run `python -m …` commands at once and wait for all. One alone draws its own progress bar; several write lines.
+def run_side_by_side(commands: Sequence[Sequence[str]], log: Path, crowded: bool = False, stopping: threading.Event | None = None) -> None:
+    """Run `python -m …` commands at once and wait for all. One alone draws its own progress bar; several write lines. When `stopping` is set the
+    children are interrupted.
 
     Raises:
         StageError: one failed.
@@ -146,7 +153,7 @@ def run_side_by_side(commands: Sequence[Sequence[str]], log: Path, crowded: bool
     for reader in readers:
         reader.start()
     try:
-        failed = _wait([child for child, _ in children])
+        failed = _wait([child for child, _ in children], stopping or threading.Event())
     except KeyboardInterrupt:
         for child, _ in children:
             with suppress(subprocess.TimeoutExpired):
@@ -170,11 +177,15 @@ def run_side_by_side(commands: Sequence[Sequence[str]], log: Path, crowded: bool
         raise StageError(f"'{' '.join(map(str, words[2:5]))} …' ended with exit code {failed.returncode}; its message stands above, run the same command again to continue")
 
 
-def _wait(children: list[subprocess.Popen[str]]) -> subprocess.Popen[str] | None:
-    """The first child that fails, after ending the others; None when all succeed."""
+def _wait(children: list[subprocess.Popen[str]], stopping: threading.Event) -> subprocess.Popen[str] | None:
+    """The first child that fails, after ending the others; None when all succeed. Raises KeyboardInterrupt, with the children told, when `stopping` is set."""
     waiting = list(children)
     while waiting:
         time.sleep(0.05)
+        if stopping.is_set():
+            for child in waiting:
+                child.send_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         for child in list(waiting):
             if child.poll() is None:
                 continue

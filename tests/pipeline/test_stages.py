@@ -145,3 +145,24 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 def test_nothing_to_run_is_nothing(tmp_path):
     run_side_by_side([], tmp_path / "log")
+
+
+def test_an_interrupted_parent_stops_its_children_and_begins_nothing_more(tmp_path):
+    """A lone SIGINT reaches the parent only; a terminal would have interrupted the children as well."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks.suites.stages import Stages\nout = Path(sys.argv[1])\n"
+        "stages = Stages(out, lambda line: print(line, flush=True))\n"
+        "def work(name):\n    return lambda: [stages.run(f'{name}{n}', [['long_module', str(out / f'{name}{n}.ended')]]) for n in range(3)] and None\n"
+        "stages.chains(work('a'), work('b'))"
+    )
+    (tmp_path / "long_module.py").write_text(
+        "import pathlib, sys, time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pathlib.Path(sys.argv[1]).write_text('saved')\n    sys.exit(130)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert {parent.stdout.readline().split()[0], parent.stdout.readline().split()[0]} == {"a0", "b0"}
+    time.sleep(1.5)  # the children have begun to sleep
+    parent.send_signal(signal.SIGINT)
+    _, said = parent.communicate(timeout=30)
+    assert parent.returncode != 0, said
+    assert sorted(path.name for path in tmp_path.glob("*.ended")) == ["a0.ended", "b0.ended"]
