@@ -47,6 +47,8 @@ class EfficiencyConfig:
     """Of `plain` and `reinforced`."""
     tuning: tuple[int, int] = (40_000, 160_000)
     """The settings found at the first serve budgets up to it, those found at the second all others."""
+    tuning_seeds: tuple[int, int] = (2, 1)
+    """Runs of every setting at each of the two: short runs are noisier."""
     ladder_samples: int = 80_000
     """Of the arms that add one thing at a time, and of the control."""
     oracle_samples: int = 160_000
@@ -127,11 +129,14 @@ class Experiment:
         return sorted((job for job in jobs if job.arm == arm and job.samples == samples), key=lambda job: job.seed)
 
     def tune(self) -> dict[Family, dict[int, tuple[int, float]]]:
-        """The best setting of each family at each tuning budget, by recall on the validation style. One seed that no result uses."""
-        runs = [Job(arm=family, samples=samples, seed=100, setting=setting) for samples in self.config.tuning for family in FAMILIES for setting in GRID]
-        self.train(runs)
-        table = [{"family": job.arm, "samples": job.samples, "batch_size": job.setting[0], "learning_rate": job.setting[1],
-                  "recall5_validation": round(float(self.hits(job.arm, job.samples, [job], "validation").mean()), 4)} for job in runs]  # fmt: skip
+        """The best setting of each family at each tuning budget, by mean recall on the validation style. Seeds that no result uses."""
+        asked = [(family, samples, setting) for samples in self.config.tuning for family in FAMILIES for setting in GRID]
+        counts = dict(zip(self.config.tuning, self.config.tuning_seeds, strict=True))
+        runs = {one: [Job(arm=one[0], samples=one[1], seed=100 + n, setting=one[2]) for n in range(counts[one[1]])] for one in asked}
+        self.train(job for jobs in runs.values() for job in jobs)
+        table = [{"family": family, "samples": samples, "batch_size": setting[0], "learning_rate": setting[1], "seeds": counts[samples],
+                  "recall5_validation": round(float(self.hits(family, samples, runs[family, samples, setting], "validation").mean()), 4)}
+                 for family, samples, setting in asked]  # fmt: skip
         write_json(self.out / "tuning.json", table)
         best: dict[Family, dict[int, tuple[int, float]]] = {family: {} for family in FAMILIES}
         for family in FAMILIES:
