@@ -7,7 +7,9 @@ DIR/ranks.json is the result: the rank at which each query found its picture. A 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,10 @@ import torch
 import tyro
 
 from distill.evaluate import Cut, open_encoder
+from distill.recipes import Recipe, load_recipe
 from distill.train import TrainConfig, train
 from runtime.evaluation import retrieval
-from runtime.files import write_json
+from runtime.files import file_sha256, write_json
 from runtime.pairs import open_pairs
 
 
@@ -45,9 +48,12 @@ class OneRun:
 def run(one: OneRun) -> Path:
     """Train and evaluate. Returns the path of ranks.json: {"test", "validation": {split: [rank of each query]}, "queries": {split: [text]} of the test,
     "seconds"}."""
-    result = Path(one.out) / "ranks.json"
-    if result.is_file():
+    result, settings = Path(one.out) / "ranks.json", settings_of(one)
+    if result.is_file() and json.loads(result.read_text(encoding="utf-8")).get("settings") == settings:
         return result
+    if result.is_file():  # of other settings
+        shutil.rmtree(Path(one.out) / "checkpoint", ignore_errors=True)
+        result.unlink()
     checkpoint = train(
         TrainConfig(
             pairs=one.pairs, store=one.store, out=str(Path(one.out) / "checkpoint"), recipe=one.recipe, samples=one.samples, seed=one.seed, keep=one.keep,
@@ -60,10 +66,19 @@ def run(one: OneRun) -> Path:
     ranks: dict[str, Any] = {name: value["ranks"]["text_to_image"] for name, value in found.items()}
     if one.cuts:
         ranks["cuts"] = {str(dim): retrieval(Cut(encoder, dim), open_pairs(one.test))["ranks"]["text_to_image"] for dim in one.cuts}
-    write_json(result, {**ranks, "queries": found["test"]["queries"]["text_to_image"], "seconds": seconds})
+    write_json(result, {"settings": settings, **ranks, "queries": found["test"]["queries"]["text_to_image"], "seconds": seconds})
     if not one.keep_weights:
         (checkpoint / "model.safetensors").unlink()
     return result
+
+
+def settings_of(one: OneRun) -> dict[str, Any]:
+    """What decides a result: of the recipe what is not usual, so that a recipe which learns new words stays itself."""
+    usual, recipe = dataclasses.asdict(Recipe()), dataclasses.asdict(load_recipe(one.recipe))
+    return json.loads(json.dumps({
+        "recipe": {name: value for name, value in recipe.items() if value != usual[name]}, "samples": one.samples, "seed": one.seed, "embed_dim": one.embed_dim,
+        "store": file_sha256(Path(one.store) / "index.json"), "keep": file_sha256(Path(one.keep)) if one.keep else None, "cuts": list(one.cuts),
+    }))  # fmt: skip
 
 
 def main() -> int:
