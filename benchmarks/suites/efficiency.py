@@ -141,12 +141,18 @@ class Experiment:
                   "recall5_validation": round(float(self.hits(family, samples, runs[family, samples, setting], "validation").mean()), 4)}
                  for family, samples, setting in asked]  # fmt: skip
         write_json(self.out / "tuning.json", table)
-        best: dict[Family, dict[int, tuple[int, float]]] = {family: {} for family in FAMILIES}
-        for family in FAMILIES:
-            for samples in self.config.tuning:
-                row = max((row for row in table if row["family"] == family and row["samples"] == samples), key=lambda row: row["recall5_validation"])
-                best[family][samples] = (row["batch_size"], row["learning_rate"])
-        return best
+        return chosen(table, self.config.tuning)
+
+
+def chosen(table: Sequence[dict[str, Any]], tuning: tuple[int, int]) -> dict[Family, dict[int, tuple[int, float]]]:
+    """Each family's best setting at each budget; where two are as good, the one that is better at the other budget."""
+    found: dict[Family, dict[int, tuple[int, float]]] = {}
+    for family in FAMILIES:
+        recalls = {(row["samples"], row["batch_size"], row["learning_rate"]): row["recall5_validation"] for row in table if row["family"] == family}
+        for samples, other in (tuning, tuning[::-1]):
+            best = max(GRID, key=lambda setting: (recalls[samples, *setting], recalls[other, *setting]))  # noqa: B023
+            found.setdefault(family, {})[samples] = best
+    return found
 
 
 def plan(config: EfficiencyConfig, tuned: dict[Family, dict[int, tuple[int, float]]]) -> dict[str, list[Job]]:

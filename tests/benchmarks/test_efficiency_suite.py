@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.suites import efficiency_worlds
-from benchmarks.suites.efficiency import EfficiencyConfig, Experiment, plan
+from benchmarks.suites.efficiency import EfficiencyConfig, Experiment, chosen, plan
 from benchmarks.suites.efficiency_arms import ARMS, FAMILIES, GRID, LADDER
 from benchmarks.suites.efficiency_report import AGAINST, RATIOS, as_text, figures_of, write_pages
 from benchmarks.suites.efficiency_worlds import World, copy_pairs, in_first_half
@@ -139,3 +139,12 @@ def test_the_halves_of_the_world_apart_are_halves(tmp_path: Path) -> None:
     write_shard(tmp_path / "a/0.tar", [(f"p{n}", {"jpg": draw("blue", "disc", generator), "txt": b"x", "json": b'{"concept": "c"}'}) for n in range(4)])
     copy_pairs(open_pairs(tmp_path / "a"), [1, 3], tmp_path / "b")
     assert list(open_pairs(tmp_path / "b").keys) == ["p1", "p3"]
+
+
+def test_a_tie_is_settled_by_the_other_budget() -> None:
+    def row(samples: int, setting: tuple[int, float], recall: float) -> dict[str, object]:
+        return {"family": "plain", "samples": samples, "batch_size": setting[0], "learning_rate": setting[1], "recall5_validation": recall}
+
+    table = [row(1, setting, 0.3 if n in (1, 2) else 0.1) for n, setting in enumerate(GRID)] + [row(2, setting, 0.1 * n) for n, setting in enumerate(GRID)]
+    table += [{**one, "family": "reinforced"} for one in table]
+    assert chosen(table, (1, 2)) == {family: {1: GRID[2], 2: GRID[3]} for family in FAMILIES}
