@@ -86,13 +86,18 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
     say(f"before: {_line(report['before'])}")
     report |= _prune(config, model, fingerprint, say)
     if config.store is not None:
+        from distill.recipes import load_recipe
         from distill.train import TrainConfig, train
 
+        wanted, there = load_recipe(config.recipe).batch_size, len(open_pairs(config.calibrate))
+        if there < wanted:
+            say(f"the recipe's batches of {wanted} are more than the {there} pairs; recovering in batches of {max(2, there)}")
         say(f"recovering from the store: {config.recover_samples:,} samples")
         train(
             TrainConfig(
                 pairs=str(config.calibrate), store=str(config.store), out=str(config.out), init=str(config.out / "pruned"),
                 samples=config.recover_samples, recipe=config.recipe, seed=config.seed, threads=config.threads,
+                batch_size=max(2, there) if there < wanted else None,
             )
         )  # fmt: skip
     else:

@@ -90,7 +90,7 @@ def test_the_command_line_compares_files_and_folders_of_seeds(models: Path, caps
 def test_what_cannot_be_compared_is_one_sentence(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, pairs = str(models / "seeds/0"), str(models / "pairs")
     for arguments, message in (
-        ([], "either one model or --compare"), ([one, "--compare", one, one], "either one model or --compare"),
+        ([], "one model, or --compare A B, or --query"), ([one, "--compare", one, one], "one model, or --compare A B, or --query"),
         (["--compare", one, str(tmp_path)], "and holds none"), (["--compare", one, one, "--splits", "winter"], "no split winter"),
     ):  # fmt: skip
         assert cli.main(["eval", *arguments, "--data", pairs]) == 1
