@@ -7,20 +7,17 @@ embeddings are seen along them. Otherwise the two must have the same number of d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from distill.basis_file import BASIS, read_basis
 from distill.evaluate import open_encoder
 from runtime.errors import CheckpointError
 from runtime.evaluation import Encoder, retrieval
 from runtime.pairs import Pairs
-
-BASIS = "ensemble_basis.safetensors"
 
 
 class Projected:
@@ -52,22 +49,6 @@ class Mixed:
 
     def __init__(self, texts: Encoder, images: Encoder) -> None:
         self.encode_text, self.encode_image = texts.encode_text, images.encode_image
-
-
-def read_basis(folder: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The basis of a student, (sum of E_k, D), and the names of its teachers, in order.
-
-    Raises:
-        CheckpointError: it has none, or it is damaged.
-    """
-    path = folder / BASIS
-    if not path.is_file():
-        raise CheckpointError(f"'{folder}' has no {BASIS}: it followed no teachers' features, so teachers cannot be seen in its space; train with a recipe that has a feature loss")
-    try:
-        with safe_open(path, framework="np") as file:
-            return file.get_tensor("basis"), tuple(json.loads((file.metadata() or {})["teachers"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read ({error}); train again") from None
 
 
 def open_sides(query: Sequence[str], gallery: Sequence[str], threads: int | None = None) -> tuple[Encoder, Encoder]:

@@ -21,7 +21,6 @@ from distill.compute import Compute, checkpoint_blocks, device_of
 from distill.dataset import Batch
 from distill.ghost_norm import ghost_batches
 from distill.recipes import Recipe
-from distill.ring import check_ring
 from distill.schedule import Plan
 from distill.store import open_store
 from distill.train_config import TrainConfig
@@ -46,8 +45,6 @@ def dry_run(config: TrainConfig, world: int = 1) -> dict[str, Any]:
     recipe = config.resolved_recipe()
     plan = Plan.of(config.samples, recipe)
     pieces = ghost_batches(recipe.batch_size, recipe.ghost_batch, 0, world)
-    if config.exchange == "ring":
-        check_ring(recipe)
     dims, scales = TEACHER_DIMS, (100.0, 100.0)
     if config.store:
         store = open_store(config.store)

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -205,7 +204,7 @@ def _picked(config: LanguagesConfig, step: int, own: int, others: int) -> tuple[
 @torch.no_grad()
 def _embed(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """(len(texts), D), unit norm."""
-    return torch.cat([F.normalize(encode_texts(model.eval(), tokenizer(list(texts[n : n + 256]))), dim=-1) for n in range(0, len(texts), 256)])
+    return torch.cat([encode_texts(model.eval(), tokenizer(list(texts[n : n + 256]))) for n in range(0, len(texts), 256)])
 
 
 def _concepts(folder: str) -> set[str] | None:

@@ -125,7 +125,7 @@ def nested_over(recipe: Recipe) -> Callable[[Callable[[Tensor, Tensor], Tensor],
 def nested_feature(student: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
     """`feature_loss`, or its mean over the recipe's nested lengths: the basis is sorted by what it explains, so that the first coordinates of the target
     are the best target of that length."""
-    return nested_over(recipe)(lambda s, t: feature_loss(s, t), student, target)
+    return nested_over(recipe)(feature_loss, student, target)
 
 
 def basis_of(store: Store, rows: np.ndarray, teachers: tuple[int, ...], dim: int) -> Tensor:
@@ -161,4 +161,7 @@ def encode_texts(model: ImageTextModel, tokens: np.ndarray, groups: int = 4) -> 
         model.encode_text(torch.from_numpy(np.ascontiguousarray(tokens[rows, : lengths[rows].max()])).to(device), normalize=False)
         for rows in np.array_split(order, groups) if len(rows)
     ]  # fmt: skip
-    return F.normalize(torch.cat(parts).float() if parts[0].dtype == torch.bfloat16 else torch.cat(parts), dim=-1)[torch.from_numpy(np.argsort(order)).to(device)]
+    features = torch.cat(parts)
+    if features.dtype == torch.bfloat16:
+        features = features.float()  # of unit norm to float32's rounding
+    return F.normalize(features, dim=-1)[torch.from_numpy(np.argsort(order)).to(device)]

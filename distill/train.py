@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.asymmetric import BASIS
+from distill.basis_file import write_basis
 from distill.compute import Compute, checkpoint_blocks, compile_towers, device_of
 from distill.dataset import Batch, ReinforcedPairs
 from distill.ghost_norm import ghost_batches
@@ -34,7 +33,6 @@ from distill.objective import basis_of, typical_similarities
 from distill.processes import Processes, join, leave, start_processes
 from distill.progress import progress
 from distill.recipes import Recipe
-from distill.ring import check_ring
 from distill.schedule import Plan
 from distill.store import Store, open_store
 from distill.train_config import TrainConfig, fingerprint_of
@@ -67,8 +65,6 @@ def train(config: TrainConfig) -> Path:
     processes = Processes.joined()
     recipe = config.resolved_recipe()
     plan = Plan.of(config.samples, recipe)
-    if config.exchange == "ring":
-        check_ring(recipe)
     compute = Compute(device=device_of(config.device), precision=config.precision, grad_checkpointing=config.grad_checkpointing)
     ghost_batches(recipe.batch_size, recipe.ghost_batch, processes.rank, processes.world)  # refuses what cannot be shared
     keep = read_keep_list(config.keep) if config.keep is not None else None
@@ -115,8 +111,7 @@ def train(config: TrainConfig) -> Path:
         "unreadable": dict(sorted(data.unreadable.items())), **time_figures(out),
     }  # fmt: skip
     if guide.basis is not None:
-        names = [store.teachers[k].name for k in followed.numbers]
-        save_file({"basis": guide.basis.cpu().contiguous()}, out / BASIS, metadata={"teachers": json.dumps(names)})
+        write_basis(out, guide.basis, [store.teachers[k].name for k in followed.numbers])
     run.average.logit_scale.data.copy_(run.model.logit_scale.data)
     if run.model.logit_bias is not None and run.average.logit_bias is not None:
         run.average.logit_bias.data.copy_(run.model.logit_bias.data)
@@ -237,8 +232,6 @@ def check(config: TrainConfig, world: int) -> bool:
     config.check_places()
     recipe = config.resolved_recipe()
     Plan.of(config.samples, recipe)
-    if config.exchange == "ring":
-        check_ring(recipe)
     device_of(config.device)
     ghost_batches(recipe.batch_size, recipe.ghost_batch, 0, world)
     if config.keep is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from distill.compute import Precision
 from distill.recipes import Recipe, load_recipe
+from distill.ring import check_ring
 from distill.store import Store
 from mobileclip.checkpoint import read_config
 from mobileclip.config import ModelConfig, config_to_dict
@@ -131,6 +132,8 @@ class TrainConfig:
         recipe, dim = dataclasses.replace(recipe, **changes), self.resolved_model().embed_dim
         if recipe.nested_dims and max(recipe.nested_dims) > dim:
             raise RecipeError(f"the recipe nests {max(recipe.nested_dims)} dimensions, and the model's embed_dim is {dim}; leave that length out, or give --embed-dim")
+        if self.exchange == "ring":
+            check_ring(recipe)
         return recipe
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,13 +68,15 @@ def average(base: ImageTextModel, tuned: ImageTextModel, share: float) -> ImageT
     return result.eval()
 
 
-def sweep(base: ImageTextModel, tuned: ImageTextModel, shares: tuple[float, ...], data: tuple[str, ...], tokenizer: Path) -> list[dict[str, Any]]:
+def sweep(base: ImageTextModel, tuned: ImageTextModel, shares: tuple[float, ...], data: tuple[str, ...], tokenizer_folder: str) -> list[dict[str, Any]]:
     """Per share {"share", "recall@5": {folder: recall@5 of all its queries, text to image}}."""
     from distill.evaluate import quick_recall
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.symlink(tokenizer.resolve(), Path(folder) / "tokenizer.json")
-        return [{"share": share, "recall@5": {name: quick_recall(average(base, tuned, share), name, folder)["recall@5_all"] for name in data}} for share in shares]
+    rows = []
+    for share in shares:
+        model = average(base, tuned, share)
+        rows.append({"share": share, "recall@5": {name: quick_recall(model, name, tokenizer_folder)["recall@5_all"] for name in data}})
+    return rows
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         raise RecipeError("mclip average writes one model (OUT and --share) or evaluates several (--sweep and --data); give one of the two")
     base, tuned = load_checkpoint(config.base), load_checkpoint(config.tuned)
     if config.sweep:
-        rows = sweep(base, tuned, config.sweep, config.data, Path(config.base) / "tokenizer.json")
+        rows = sweep(base, tuned, config.sweep, config.data, config.base)
         said = json.dumps({"base": config.base, "tuned": config.tuned, "rows": rows}) + "\n"
         lines = ["share of the tuned model   recall@5 on " + ", ".join(config.data)]
         lines += [f"{row['share']:24.2f}   " + "  ".join(f"{row['recall@5'][name]:.3f}" for name in config.data) for row in rows]

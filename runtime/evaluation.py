@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from runtime.errors import ImageError, PairsError
-from runtime.metrics import TIE, bootstrap_interval, ranks, recall_at_k
+from runtime.metrics import bootstrap_interval, ranks, recall_at_k
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -210,11 +210,9 @@ def zero_shot(
         raise PairsError(
             f"zero-shot needs at least two values of '{field}' in the samples' facts, found {len(classes)}; use pairs that have it (mclip sample emoji)"
         )
-    vectors = np.stack([_class_vector(encoder, name, prompts) for name in classes])
-    scores = _unit(np.asarray(gallery.embeddings[chosen], np.float64)) @ vectors.T
-    # A tie goes to the wrong class, as in retrieval: a constant encoder earns nothing.
+    vectors = np.stack([class_vector(encoder, name.replace("-", " and "), prompts) for name in classes])
     own = np.array([classes.index(name) for name in truth])
-    rank = (scores >= scores[np.arange(len(own)), own][:, None] - TIE).sum(axis=1)
+    rank = ranks(gallery.embeddings[chosen], vectors, own)
     counts = {name: truth.count(name) for name in classes}
     per_class = {name: {"n": counts[name], "accuracy": recall_at_k(rank[own == c], 1)} for c, name in enumerate(classes)}
     return {
@@ -229,9 +227,9 @@ def zero_shot(
     }
 
 
-def _class_vector(encoder: Encoder, name: str, prompts: Sequence[str]) -> np.ndarray:
-    spoken = name.replace("-", " and ")
-    embeddings = _unit(np.asarray(encoder.encode_text([prompt.replace("{}", spoken) for prompt in prompts]), np.float64))
+def class_vector(encoder: Encoder, name: str, prompts: Sequence[str]) -> np.ndarray:
+    """(D,), unit norm: the mean of the unit embeddings of the prompts, each with the class's name in the place of "{}"."""
+    embeddings = _unit(np.asarray(encoder.encode_text([prompt.replace("{}", name) for prompt in prompts]), np.float64))
     return _unit(embeddings.mean(axis=0, keepdims=True))[0]
 
 

@@ -81,7 +81,7 @@ def _domain(config: AdaptationConfig, place: Layout, out: Path, stages: Stages) 
     found: dict[str, Any] = {"domain_pairs": len(open_pairs(read)), "domain_queries": len(open_pairs(asked))}
     for arm in arms:
         folders = (str(asked), str(place.test))
-        rows = sweep(load_checkpoint(reference), load_checkpoint(out / arm), tuple(float(share) for share in SHARES), folders, place.student / "tokenizer.json")
+        rows = sweep(load_checkpoint(reference), load_checkpoint(out / arm), tuple(float(share) for share in SHARES), folders, reference)
         for row in rows:
             for name, folder in zip(("domain", "general"), folders, strict=True):
                 found[f"{arm}_{row['share']:g}_{name}"] = row["recall@5"][folder]

@@ -54,23 +54,14 @@ def make_world(name: str, run: Path, out: Path, say: Callable[[str], None], seed
     strong = captioned_store(place, stages)
     stores = {"strong": strong}
     if name == "web50":
-        stores["weak"] = _weak(place, stages, seed)
+        # views that are crops alone
+        teachers, captions = [place.teacher(one) for one in TEACHERS], stages.out / "train"
+        more = ["--augment.operations", "0", "--captions", str(captions)]
+        stores["weak"] = _reinforce(stages, place.train, stages.out / "store-weak", teachers, seed, more, inputs=[captions / "receipt.json"])
     keep = out / f"{name}.keep"
     pairs = open_pairs(place.train)
     write_keep_list(keep, [key for row, key in enumerate(pairs.keys) if pairs.meta(row).get("noise", "none") == "none"], {"about": "pairs whose caption is right"})
     return World(pairs=place.train, stores=stores, keeps={"right": keep})
-
-
-def _weak(place: Layout, stages: Stages, seed: int) -> Path:
-    """The same pairs and captions, with views that are crops alone."""
-    store = stages.out / "store-weak"
-    stages.run(
-        "reinforce-weak",
-        [["mobileclip.cli", "reinforce", str(place.train), str(store), "--teachers", *(str(place.teacher(name)) for name in TEACHERS), "--augmentations", "5",
-          "--augment.operations", "0", "--captions", str(stages.out / "train"), "--workers", "2", "--seed", str(seed)]],
-        inputs=[stages.out / "train/receipt.json", place.store / "index.json"], outputs=[store / "index.json"],
-    )  # fmt: skip
-    return store
 
 
 def in_first_half(concept: str) -> bool:
@@ -115,11 +106,13 @@ def _shuffled(name: str, clean: World, folder: Path, say: Callable[[str], None],
     return World(pairs=made, stores={"strong": _reinforce(stages, made, folder / "store", [teacher], seed)}, keeps={})
 
 
-def _reinforce(stages: Stages, pairs: Path, store: Path, teachers: Sequence[Path], seed: int) -> Path:
+def _reinforce(
+    stages: Stages, pairs: Path, store: Path, teachers: Sequence[Path], seed: int, more: Sequence[str] = (), inputs: Sequence[Path] = ()
+) -> Path:  # fmt: skip
     stages.run(
-        "reinforce",
-        [["mobileclip.cli", "reinforce", str(pairs), str(store), "--teachers", *map(str, teachers), "--augmentations", "5", "--workers", "2", "--seed", str(seed)]],
-        inputs=[teacher / "receipt.json" for teacher in teachers], outputs=[store / "index.json"],
+        f"reinforce-{store.name}",
+        [["mobileclip.cli", "reinforce", str(pairs), str(store), "--teachers", *map(str, teachers), "--augmentations", "5", *more, "--workers", "2", "--seed", str(seed)]],
+        inputs=[*(teacher / "receipt.json" for teacher in teachers), *inputs], outputs=[store / "index.json"],
     )  # fmt: skip
     return store
 
