@@ -79,7 +79,16 @@ STYLES: dict[str, Package] = {
         "CC-BY-4.0", "Twitter (jdecked/twemoji)", "https://github.com/jdecked/twemoji",
     ),
 }  # fmt: skip
-PACKAGES: tuple[Package, ...] = (EMOJIBASE, *STYLES.values())
+
+
+def _cldr(name: str, sha256: str) -> Package:
+    return Package(name=name, version="48.2.0", sha256=sha256, licence="Unicode-3.0", author="Unicode, Inc. (CLDR)", source="https://github.com/unicode-org/cldr-json")
+
+
+CLDR = _cldr("cldr-annotations-full", "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1")
+CLDR_DERIVED = _cldr("cldr-annotations-derived-full", "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e")
+"""Flags, keycaps and what else is composed."""
+PACKAGES: tuple[Package, ...] = (EMOJIBASE, *STYLES.values(), CLDR, CLDR_DERIVED)
 
 
 def cache_folder(cache: Path | None = None) -> Path:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import PIL
 import tyro
 
-from distill.fetch import EMOJIBASE, PACKAGES, STYLES, fetch, read_members
+from distill.fetch import CLDR, CLDR_DERIVED, EMOJIBASE, PACKAGES, STYLES, fetch, read_members
 from distill.sample_concepts import Concept, Drawings, name_drawings, read_concepts, read_drawings
 from distill.sample_render import MARGINS, Job, background_of, check_renderer, draw_batches, svg_of
 from distill.sample_write import Plan, PlannedShard, write_sample
@@ -27,7 +27,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "validation": ("emojione",),
     "test": ("twemoji",),
 }
-LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "uk", "ja", "ko", "zh")
+BASE_LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "uk", "ja", "ko", "zh", "bn", "da", "et", "fi", "hi", "hu", "lt", "ms", "nb", "sv", "th", "vi")
+CLDR_LANGUAGES = ("ar", "cs", "el", "id", "tr")
+"""Not in emojibase, whose labels are the CLDR's: taken from there."""
+LANGUAGES = (*BASE_LANGUAGES, *CLDR_LANGUAGES)
 SHARD_PAIRS = 512
 GENERIC = ("emoji", "icon", "clipart", "image", "picture", "sticker", "symbol", "logo", "vector graphic", "free download")
 GENERIC_NUMBERED = ("image {}", "icon-{}.png", "IMG_{}", "clipart {}", "untitled {}")
@@ -109,7 +112,7 @@ def make_emoji(config: EmojiConfig, advance: Callable[[int, int], None] | None =
 def read_sources(cache: Path | None = None) -> Sources:
     """Fetch (when needed) and read the packages."""
     tarballs = fetch(cache)
-    wanted = [f"{language}/data.json" for language in LANGUAGES]
+    wanted = [f"{language}/data.json" for language in BASE_LANGUAGES]
     base = read_members(tarballs[EMOJIBASE.name], ["en/messages.json", *wanted])
     labels = {row["hexcode"].lower(): row["label"] for row in base["en/data.json"]}
     raw = {style: read_members(tarballs[package.name], ["icons.json", "chars.json"]) for style, package in STYLES.items()}
@@ -122,8 +125,21 @@ def read_sources(cache: Path | None = None) -> Sources:
     }
     concepts = read_concepts(base["en/data.json"], base["en/messages.json"], drawings.values())
     gallery = drawings[SPLITS["test"][0]].names
-    captions = {language: base[f"{language}/data.json"] for language in LANGUAGES}
+    captions = {language: base[f"{language}/data.json"] for language in BASE_LANGUAGES} | _read_cldr(tarballs)
     return Sources(concepts=[concept for concept in concepts if concept.code in gallery], drawings=drawings, captions=captions)
+
+
+def _read_cldr(tarballs: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Language -> rows with the keys that emojibase's have."""
+    captions: dict[str, list[dict[str, Any]]] = {language: [] for language in CLDR_LANGUAGES}
+    for package, kind in ((CLDR, "annotations"), (CLDR_DERIVED, "annotationsDerived")):
+        members = {language: f"{kind}/{language}/annotations.json" for language in CLDR_LANGUAGES}
+        read = read_members(tarballs[package.name], list(members.values()))
+        for language, member in members.items():
+            for text, entry in read[member][kind]["annotations"].items():
+                if entry.get("tts"):
+                    captions[language].append({"hexcode": "-".join(f"{ord(sign):04x}" for sign in text), "label": entry["tts"][0], "tags": entry.get("default", [])})
+    return captions
 
 
 def plan_pairs(config: EmojiConfig, sources: Sources) -> dict[str, list[Pair]]:
@@ -253,13 +269,15 @@ def _texts(pair: Pair, web_like: bool) -> dict[str, bytes]:
 
 
 def _captions(rows: Sequence[dict[str, Any]], concepts: Mapping[str, Concept]) -> bytes:
-    named = {row["hexcode"].lower(): row for row in rows}
-    lines = [
-        json.dumps({"concept": code, "label": named[code]["label"], "tags": named[code].get("tags", [])}, ensure_ascii=False)
-        for code in sorted(concepts)
-        if code in named
-    ]
+    named = {_bare(row["hexcode"].lower()): row for row in rows}
+    found = {code: named[_bare(code)] for code in sorted(concepts) if _bare(code) in named}
+    lines = [json.dumps({"concept": code, "label": row["label"], "tags": row.get("tags", [])}, ensure_ascii=False) for code, row in found.items()]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _bare(code: str) -> str:
+    """Without variation selectors, which sources write or leave out as they like."""
+    return "-".join(part for part in code.split("-") if part != "fe0f")
 
 
 def _packages() -> list[dict[str, Any]]:

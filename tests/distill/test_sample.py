@@ -285,12 +285,15 @@ def test_the_receipt_says_what_was_made(small: tuple[Path, dict[str, Any]]) -> N
 
 def test_captions_in_other_languages_name_the_same_concepts(small: tuple[Path, dict[str, Any]]) -> None:
     folder, receipt = small
-    assert {"en", "de", "fr", "es", "ja"} <= set(LANGUAGES)
+    assert {"en", "de", "fr", "es", "ja", "ar", "hi"} <= set(LANGUAGES)
+    assert len(set(LANGUAGES)) == 30
     english = {row["label"] for row in map(json.loads, (folder / "captions/en.jsonl").read_text().splitlines())}
     wanted = {open_pairs(folder / "test").meta(row)["concept"] for row in range(receipt["gallery"]["count"])}
     for language in LANGUAGES:
         rows = [json.loads(line) for line in (folder / f"captions/{language}.jsonl").read_text().splitlines()]
-        assert {row["concept"] for row in rows} == wanted
+        named = {row["concept"] for row in rows}
+        assert named <= wanted, language
+        assert len(named) >= 0.99 * len(wanted), language  # Indonesian has no name for three of the keys of a telephone
         assert language == "en" or len(english & {row["label"] for row in rows}) < len(rows) / 2
 
 
