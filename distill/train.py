@@ -139,7 +139,7 @@ def _loop(
     log_every = max(1, plan.steps // 200)
     saved = started = time.monotonic()
     before = run.seconds
-    marks: dict[str, float] = {}
+    marks: dict[str, float] = {"step": run.step}
     divergence = Divergence()
     with (
         open(out / "metrics.jsonl" if first else os.devnull, "a", encoding="utf-8") as metrics,

@@ -78,6 +78,17 @@ def test_the_last_states_are_kept_and_the_one_before_serves_a_damaged_one(world:
     assert steps == sorted(set(steps))
 
 
+def test_the_rate_after_going_on_counts_what_this_process_did(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(world, tmp_path / "out"))
+    train(settings(world, tmp_path / "out"))
+    before, first = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()][7:9]
+    assert (before["step"], first["step"]) == (8, 9)
+    assert first["samples_per_second"] * (first["seconds"] - before["seconds"]) < 3 * 8  # one batch of eight, not nine
+
+
 def test_without_another_state_a_damaged_one_is_one_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
