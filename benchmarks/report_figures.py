@@ -262,6 +262,9 @@ def _peak(material: Material) -> str:
     )
 
 
+_TONES = {"proven": "good", "unproven": "warn"}
+
+
 def parity(material: Material) -> str:
     """Each artefact against the checkpoint it was made from, the refused ones with their reason."""
     parts = []
@@ -269,11 +272,10 @@ def parity(material: Material) -> str:
         body = []
         for artefact in manifest.get("artefacts", []):
             found = artefact.get("parity") or {}
-            proven = artefact.get("status") == "proven"
             body.append(
                 [
                     markup.text(artefact.get("id", "")) + (f'<span class="why">{markup.text(artefact["reason"])}</span>' if artefact.get("reason") else ""),
-                    markup.badge("proven", "good") if proven else markup.badge("refused", "bad"),
+                    markup.badge(artefact.get("status", ""), _TONES.get(artefact.get("status", ""), "bad")),
                     *(markup.cosine(found.get(key)) for key in ("cosine_min", "cosine_p1", "cosine_mean")),
                     markup.DASH if found.get("max_abs") is None else f"{found['max_abs']:.1e}",
                     markup.number(found.get("rank_agreement"), 4),

@@ -17,17 +17,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from PIL import Image
 
 from distill.progress import stamped_lines
-from export.artefacts import PRECISIONS, TARGETS, Maker
+from export.artefacts import Maker, converter, parse_targets
 from export.latency_gate import processor
 from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples, text_encoder
-from export.verify import reference_of, spread
+from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
 from mobileclip.config import ModelConfig
 from mobileclip.reparameterize import reparameterize
@@ -51,9 +51,9 @@ class ExportConfig:
     pairs: Path
     """Pairs folder: golden pictures, calibration and comparison come from it. Not the test split."""
     target: str = "onnx"
-    """Comma-separated: onnx, coreml, tensorrt, or all."""
+    """Comma-separated targets, or all: see `mclip export --help`'s table of targets and precisions."""
     precision: str = "fp32,fp16,int8"
-    """Comma-separated: fp32, fp16, int8. onnx takes fp32 (always) and int8, coreml fp16, tensorrt fp16 or else fp32."""
+    """Comma-separated; each target is made in those that it knows."""
     samples: int = 256
     """Pairs that artefacts are compared on."""
     calibration: int = 64
@@ -62,6 +62,14 @@ class ExportConfig:
     """Pairs that travel with the bundle for self-checks."""
     seed: int = 0
     """Which pairs are chosen."""
+    centred_p1: float = 0.98
+    """Precisions that cost accuracy: least first percentile of the cosines to the checkpoint, mean embedding removed."""
+    recall_loss: float = 0.005
+    """Precisions that cost accuracy: most recall@1 that may be lost."""
+    ios: Literal[16, 17, 18] = 17
+    """Core ML: the oldest iOS that the packages are for."""
+    keep_failed: bool = False
+    """Leave the files of artefacts that do not pass, marked as failed; no reader picks them."""
     name: str | None = None
     """Name of the bundle; the model's when left out."""
     licence: tuple[str, ...] = ()
@@ -81,8 +89,10 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         ParityError: a float artefact does not compute what the checkpoint computes, or the comparison would be empty.
         BundleError: the place of the bundle is taken by something else.
     """
-    targets, precisions = parse_targets(config.target, config.precision)
+    targets = parse_targets(config.target, config.precision)
     _check_numbers(config)
+    for target in targets:
+        converter(target).require()
     place = Path(os.path.abspath(config.bundle))
     _check_place(place)
     receipt = verify_receipt(config.checkpoint) if config.checkpoint.is_dir() else None
@@ -110,8 +120,9 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     work.mkdir()
     try:
         maker = Maker(
-            model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets, precisions=precisions,
-            allowed=read_precisions(config.checkpoint), say=say,
+            model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets,
+            allowed=read_precisions(config.checkpoint), say=say, keep_failed=config.keep_failed, convert={"ios": config.ios},
+            thresholds={**THRESHOLDS, "lossy": Thresholds(centred_p1=config.centred_p1, recall1_change=-config.recall_loss)},
         )  # fmt: skip
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
         shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
@@ -134,7 +145,6 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
                 "reparameterised": None if report is None else dataclasses.asdict(report),
                 "samples": _provenance(pairs, compared, config.seed, spread={tower: spread(reference.of(tower)) for tower in TOWERS}),
                 "calibration": _provenance(pairs, calibrated, config.seed),
-                "tensorrt": maker.builds,
                 "tools": _versions(),
                 "cpu": processor(),
             },
@@ -144,22 +154,6 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return manifest
-
-
-def parse_targets(target: str, precision: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Comma-separated lists to tuples; raises RecipeError naming what is unknown or does not fit."""
-    wanted = [name.strip() for name in target.split(",") if name.strip()]
-    targets = TARGETS if "all" in wanted else tuple(dict.fromkeys(wanted))
-    precisions = tuple(dict.fromkeys(name.strip() for name in precision.split(",") if name.strip()))
-    for kind, names, known in (("target", targets, TARGETS), ("precision", precisions, PRECISIONS)):
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise RecipeError(f"unknown {kind} '{', '.join(unknown)}'; expected some of {', '.join(known)}{', or all' if kind == 'target' else ''}")
-    if "coreml" in targets and "fp16" not in precisions:
-        raise RecipeError(f"target coreml is made in fp16, but the precisions are {', '.join(precisions)}; add fp16 or leave the target out")
-    if "onnx" in targets and not {"fp32", "int8"} & set(precisions):
-        raise RecipeError(f"target onnx is made in fp32 and int8, but the precisions are {', '.join(precisions)}; add fp32 or leave the target out")
-    return targets, precisions
 
 
 def read_precisions(checkpoint: Path) -> dict[str, dict[str, list[str]]] | None:
@@ -261,10 +255,13 @@ def main(argv: list[str]) -> int:
     say, started = stamped_lines(), time.perf_counter()
     manifest = export_bundle(config, say)
     total = sum(facts.bytes for facts in manifest.files.values())
+    broken = [a.id for a in manifest.artefacts if a.precision in FLOATS and a.status in ("refused", "failed")]
     say(f"bundle {config.bundle}: {sum(a.status == 'proven' for a in manifest.artefacts)} artefacts proven, {total / 1e6:.1f} MB")
     if config.json:
         sys.stdout.write(json.dumps({"bundle": str(config.bundle), "seconds": time.perf_counter() - started, **_summary(manifest)}) + "\n")
-    return 0
+    if broken:
+        sys.stderr.write(f"error: {', '.join(broken)}: not what the checkpoint computes, and not shipped; the bundle holds the others\n")
+    return 1 if broken else 0
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import tyro
 
 from distill.evaluate import TorchEncoder
 from distill.progress import stamped_lines
+from export.artefacts import allowed_pairs
 from export.prune import prune_ffn
 from export.towers import choose_rows, read_samples
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
@@ -156,7 +157,7 @@ def _line(facts: dict[str, Any]) -> str:
 
 def _finish(config: CompressConfig, report: dict[str, Any]) -> None:
     """precision.json, then the receipt that names it: only now is the folder a finished compression."""
-    precisions = {"onnx": ["fp32", "int8"], "coreml": ["fp16"], "tensorrt": ["fp16", "fp32"]}
+    precisions = {target: list(names) for target, names in allowed_pairs().items()}
     path = config.out / "precision.json"
     write_json(path, {"schema": SCHEMA, "calibration": report["calibration"], "towers": {"image": precisions, "text": precisions}})
     receipt = json.loads((config.out / "receipt.json").read_text(encoding="utf-8"))

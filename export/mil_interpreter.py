@@ -43,6 +43,8 @@ class MilProgram:
     def __init__(self, program: Any, *, name: str = "program", half: bool = True) -> None:
         self.name = name
         self.half = half
+        self.specification_version: int | None = None
+        """Of the file that it was read from: 7 is iOS 16, 8 iOS 17, 9 iOS 18."""
         self._function = program.functions["main"]
         self.inputs: list[str] = list(self._function.inputs)
         self.outputs: list[str] = [v.name for v in self._function.outputs]
@@ -81,7 +83,9 @@ class MilProgram:
             program = milproto.load(specification, specification.specificationVersion, model.weights_dir)
         except (RuntimeError, ValueError, IndexError) as error:  # coremltools raises what its readers raise
             raise BundleError(f"{path.name}: the program or its weights cannot be read ({error}); the package is damaged, export it again") from None
-        return cls(program, name=path.name, half=half)
+        opened = cls(program, name=path.name, half=half)
+        opened.specification_version = specification.specificationVersion
+        return opened
 
     def operation_counts(self) -> Counter[str]:
         """How often each operation occurs; constants (plain and compressed) are left out."""

@@ -1,4 +1,4 @@
-"""Encoders to Core ML: a float16 ML program for iOS 17 and later, written as a package of reproducible bytes.
+"""Encoders to Core ML: ML programs for iOS 16 to 18, written as packages of reproducible bytes.
 
 The conversion goes through torch.export: coremltools' tracing route does not work with current numpy. Batch is fixed at 1,
 because a flexible batch keeps a program off the Neural Engine. Prediction needs macOS; `mil_interpreter` evaluates the
@@ -8,63 +8,136 @@ saved package anywhere, and that is how parity is measured here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from export.draft import Draft, Job
 from export.mil_interpreter import MilProgram, import_coremltools
 from export.to_onnx import HALF_MAX, plain_attention, quiet
-from export.towers import Tower, encoder_of
+from export.verify import FLOATS
 from runtime.errors import ParityError
+
+PRECISIONS = ("fp32", "fp16", "palette8", "palette6", "palette4", "int8", "sparse")
+EXTRA = "coreml"
+IOS = 17
+FLOAT_ROWS, LOSSY_ROWS = 32, 128  # the interpreter is slower than a compiled runtime
+LEAST_WEIGHTS = 2048  # smaller tensors are not worth the loss
 
 _NAMESPACE = uuid.UUID("6f0f6a52-6f39-5c0e-9a5b-2d1f0f5a7c11")  # fixed, so that identifiers depend on the item alone
 
 
-def export_coreml(model: Any, tower: Tower, example: np.ndarray, path: str | os.PathLike[str]) -> Path:
-    """Convert one tower and write `path` (a folder ending in .mlpackage).
+def require() -> None:
+    """Raises MissingExtraError where coremltools is not installed."""
+    import_coremltools("exporting to Core ML")
 
-    Args:
-        model: an `ImageTextModel`, reparameterised.
-        example: at least one input row; only its shape and type matter.
+
+def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
+    """One package a precision, batch 1: float32, float16, and float16 whose weights are stored in fewer bits.
 
     Raises:
-        MissingExtraError: coremltools is not installed.
-        ParityError: a constant lies outside float16's range.
+        ParityError: a constant lies outside float16's range, or an operation is not translated.
     """
-    path = Path(path)
+    float16: Any = None
+    for precision in precisions:
+        if precision == "fp32":
+            converted = convert(job, half=False)
+        else:
+            float16 = float16 or convert(job)
+            converted = float16 if precision == "fp16" else compress(float16, precision)
+        path = f"coreml/{job.tower}.{precision}.mlpackage"
+        program = MilProgram.open(save(converted, job.folder / path, half=precision != "fp32"))
+        yield Draft(
+            tower=job.tower, target="coreml", precision=precision, path=path, run=functools.partial(evaluate, program),
+            how="MIL interpreter on the CPU, results rounded to the program's types; not run on an Apple device",
+            most_rows=FLOAT_ROWS if precision in FLOATS else LOSSY_ROWS,
+            facts={"deployment_target": f"iOS{job.convert.get('ios', IOS)}", "operations": sum(program.operation_counts().values())},
+        )  # fmt: skip
+
+
+def convert(job: Job, *, half: bool = True) -> Any:
+    """One tower as a coremltools model in memory: pixels (1, 3, H, W) float32 or tokens (1, T) int32 to the embedding (1, D) float32, unit norm."""
     ct = import_coremltools("exporting to Core ML")
-    encoder = encoder_of(model, tower, rescale=True)
-    row = torch.from_numpy(np.ascontiguousarray(example[:1]))
+    encoder = job.encoder(rescale=True)
+    row = torch.from_numpy(np.ascontiguousarray(job.rows[:1]))
     with plain_attention(), quiet("coremltools", "torch.export"), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
         program = torch.export.export(encoder, (row,)).run_decompositions({})
         _simplify(program)
-        converted = ct.convert(
-            program,
-            convert_to="mlprogram",
-            outputs=[ct.TensorType(name=encoder.output_name, dtype=np.float32)],
-            minimum_deployment_target=ct.target.iOS17,
-            compute_precision=ct.precision.FLOAT16,
-            skip_model_load=True,
-        )
+        try:
+            converted = ct.convert(
+                program,
+                convert_to="mlprogram",
+                outputs=[ct.TensorType(name=encoder.output_name, dtype=np.float32)],
+                minimum_deployment_target=getattr(ct.target, f"iOS{job.convert.get('ios', IOS)}"),
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                skip_model_load=True,
+            )
+        except NotImplementedError as error:
+            raise ParityError(f"coremltools does not translate an operation of the {job.tower} tower ({error}); {_where(program, str(error))}") from error
         specification = converted.get_spec()
         given = specification.description.input[0].name
         if given != encoder.input_name:
             ct.utils.rename_feature(specification, given, encoder.input_name, rename_outputs=False)
-        metadata = specification.description.metadata
-        metadata.ClearField("userDefined")  # holds the conversion date
-        renamed = ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
-        temporary = path.with_name(f"{path.stem}.{os.getpid()}.mlpackage")
-        renamed.save(str(temporary))
+        specification.description.metadata.ClearField("userDefined")  # holds the conversion date
+        return ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
+
+
+def _where(program: Any, message: str) -> str:
+    """Which module the operation came from, where the exported program remembers."""
+    for node in program.graph_module.graph.nodes:
+        name = str(node.target).split(".")
+        if node.op == "call_function" and len(name) > 1 and name[1] in message:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            if stack:
+                return f"it comes from the module '{stack[-1][0].removeprefix('L[self].')}'"
+    return "which module it comes from is not known"
+
+
+def compress(model: Any, precision: str) -> Any:
+    """A copy of a float16 model with its weights in fewer bits (activations stay float16).
+
+    Args:
+        precision: "palette8", "palette6", "palette4": each weight an index into a table of 2^bits values found by k-means, one table a tensor;
+            "int8": linear, one scale an output channel; "sparse": the smaller half of every weight zero and not stored.
+    """
+    import coremltools.optimize.coreml as cto
+
+    config: Any
+    with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):
+        if precision.startswith("palette"):
+            config = cto.OptimizationConfig(global_config=cto.OpPalettizerConfig(mode="kmeans", nbits=int(precision.removeprefix("palette")), weight_threshold=LEAST_WEIGHTS))
+            return cto.palettize_weights(model, config)
+        if precision == "int8":
+            config = cto.OptimizationConfig(global_config=cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_WEIGHTS))
+            return cto.linear_quantize_weights(model, config)
+        config = cto.OptimizationConfig(global_config=cto.OpMagnitudePrunerConfig(target_sparsity=0.5, weight_threshold=LEAST_WEIGHTS))
+        return cto.prune_weights(model, config)
+
+
+def save(model: Any, path: str | os.PathLike[str], *, half: bool = True) -> Path:
+    """Write a model as a package of reproducible bytes, under a temporary name first.
+
+    Raises:
+        ParityError: half, and a constant lies outside float16's range.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.mlpackage")
     try:
+        with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):
+            model.save(str(temporary))
         make_reproducible(temporary)
-        check_constants(MilProgram.open(temporary), path.name)
+        if half:
+            check_constants(MilProgram.open(temporary), path.name)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)

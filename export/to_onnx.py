@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,18 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from export.draft import Draft, Job
 from export.towers import Encoder
-from runtime.errors import ParityError
+from runtime.errors import MissingExtraError, ParityError
 from runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
+PRECISIONS = ("fp32", "fp16", "int8")
+EXTRA = "export"
 OPSET = 20  # the first with Gelu; LayerNormalization came with 17
 HALF_MAX = 65504.0
+STATIC_ROWS = 64  # the static variant differs from the other in one dimension of its shapes
 Batch = Literal["dynamic", "1"]
 
 
@@ -223,3 +228,39 @@ class OnnxEncoder:
     def __call__(self, inputs: np.ndarray, batch: int = 16) -> np.ndarray:
         step = self.fixed or batch
         return np.concatenate([self.session.run(None, {self.input_name: inputs[i : i + step]})[0] for i in range(0, len(inputs), step)])
+
+
+def require() -> None:
+    """Raises MissingExtraError where the exporter is not installed."""
+    if importlib.util.find_spec("onnxscript") is None:
+        raise MissingExtraError("onnxscript", EXTRA, "exporting to ONNX")
+
+
+def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
+    """fp32 and int8 with a dynamic batch and with batch 1, fp16 with a dynamic batch.
+
+    fp16 halves the file. It is made for accelerators: ONNX Runtime's CPU has few half-precision kernels and casts between the rest.
+    """
+    from export.quantize import quantize_tower
+
+    graphs: dict[str, onnx.ModelProto] = {}
+    for precision in precisions:
+        if precision == "fp16":
+            yield _draft(job, job.onnx_half, "fp16", "dynamic")
+            continue
+        graphs[precision] = job.onnx if precision == "fp32" else quantize_tower(job.onnx, job.rows)
+        yield _draft(job, graphs[precision], precision, "dynamic")
+        yield _draft(job, with_batch_1(graphs[precision], fold=precision == "fp32"), precision, "1")
+
+
+def _draft(job: Job, model: onnx.ModelProto, precision: str, batch: Batch) -> Draft:
+    import onnxruntime
+
+    variant = "" if batch == "dynamic" else "static"
+    path = f"onnx/{job.tower}.{precision}{'.static' if variant else ''}.onnx"
+    half = precision == "fp16"
+    run = OnnxEncoder(write_onnx(model, job.folder / path), full=not half)
+    return Draft(
+        tower=job.tower, target="onnx", precision=precision, path=path, run=run, batch=batch, variant=variant, timed=not half,
+        how=f"onnxruntime {onnxruntime.__version__}", most_rows=None if batch == "dynamic" else STATIC_ROWS,
+    )  # fmt: skip

@@ -13,15 +13,20 @@ import importlib.metadata
 import importlib.util
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 
-from export.to_onnx import export_onnx, serialize
-from export.towers import Tower, encoder_of
+import export.to_onnx
+from export.draft import Draft, Job
+from export.quantize import quantize_static
+from export.to_onnx import STATIC_ROWS, OnnxEncoder, serialize, write_onnx
 from runtime.errors import MissingExtraError, ParityError
 
+PRECISIONS = ("fp32", "fp16", "int8")
+EXTRA = "tensorrt"
+FLOAT_CONVOLUTIONS = 3  # from the input on: one scale cannot serve their channels
 COMPUTE_CAPABILITY = "SM89"  # Ada; any that the builder names would do
 MAX_BATCH = 8
 
@@ -29,19 +34,51 @@ _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BF
 _MIXED = {"Cast", "Resize", "QuantizeLinear", "DequantizeLinear", "Where", "Pow"}  # operations whose float inputs may differ by definition
 
 
-def export_tensorrt(model: Any, tower: Tower, example: np.ndarray, precision: str) -> onnx.ModelProto:
+def require() -> None:
+    """Raises MissingExtraError where the ONNX exporter is not installed. NVIDIA's parser is not needed to write the files, only to try them."""
+    export.to_onnx.require()
+
+
+def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
+    """Strongly typed ONNX of dynamic batch, parsed and built ahead of time where `tensorrt_rtx` is installed.
+
+    Raises:
+        ParityError: an operation mixes float types, or the parser or the builder refuses the file.
+    """
+    for precision in precisions:
+        model = typed_onnx(job, precision)
+        path = f"tensorrt/{job.tower}.{precision}.onnx"
+        run = OnnxEncoder(write_onnx(model, job.folder / path), full=precision != "fp16")
+        if installed():
+            try:
+                facts = build_ahead(model)
+            except ParityError as error:
+                raise ParityError(f"artefact {job.tower}-tensorrt-{precision}: {error}") from error
+            built = f"parsed and built by tensorrt-rtx {facts['version']} for {facts['compute_capability']}"
+        else:
+            facts = {"parsed": False, "built": False, "ran": False, "types": audit_types(model), "reason": "tensorrt-rtx-cu13 is not installed"}
+            built = "neither parsed nor built: tensorrt-rtx-cu13 is not installed"
+        yield Draft(
+            tower=job.tower, target="tensorrt", precision=precision, path=path, run=run, batch="dynamic", facts=facts,
+            how=f"ONNX Runtime on the CPU; {built}; no engine was run", most_rows=None if precision == "int8" else STATIC_ROWS,
+        )  # fmt: skip
+
+
+def typed_onnx(job: Job, precision: str) -> onnx.ModelProto:
     """The strongly typed ONNX of one tower, dynamic batch.
 
     Args:
-        model: an `ImageTextModel`, reparameterised.
-        precision: "fp32" or "fp16".
+        precision: "fp32"; "fp16", half inside with explicit casts; "int8", symmetric Q/DQ pairs around convolutions and matrix products, floats between.
 
     Raises:
         ParityError: an operation mixes float types (the strongly typed parser would refuse it).
     """
-    exported = export_onnx(encoder_of(model, tower, half=precision == "fp16"), example, batch="dynamic")
-    audit_types(exported)
-    return exported
+    if precision == "int8":
+        model = quantize_static(job.onnx, job.rows, float_convolutions=FLOAT_CONVOLUTIONS, symmetric=True)
+    else:
+        model = job.onnx_half if precision == "fp16" else job.onnx
+    audit_types(model)
+    return model
 
 
 def audit_types(model: onnx.ModelProto) -> dict[str, int]:

@@ -233,7 +233,7 @@ def choose(manifest: Manifest, tower: str, prefer: str | None = None) -> Choice:
 def unfit(artefact: Artefact) -> str | None:
     """Why an artefact may not be picked; None when it may."""
     if artefact.status != "proven":
-        return f"refused: {artefact.reason}"
+        return f"{artefact.status}: {artefact.reason}"
     if artefact.target not in BACKENDS:
         return f"target {artefact.target} does not run in this SDK"
     parity = artefact.parity or {}

@@ -22,6 +22,7 @@ from runtime.preprocess import PreprocessConfig
 
 SCHEMA = 1
 TOWERS = ("image", "text")
+STATUSES = ("proven", "refused", "unproven", "failed")
 LOSSES = ("softmax", "sigmoid")
 MASKS = ("causal", "pad", "none")
 # Least cosine to the checkpoint's fp32 embedding over all inputs tried; an artefact may carry its own.
@@ -66,7 +67,10 @@ class TextSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artefact:
-    """One tower for one target in one precision: proven (it has a file) or refused (it has a reason).
+    """One tower for one target in one precision.
+
+    status: "proven"; "refused" (a reason, no file); "unproven" (a file, and why nothing could be shown about it, for instance int8 of an untrained
+    tower); "failed" (a file that was kept although it is not what the checkpoint computes). Only what is proven is ever picked.
 
     Attributes:
         batch: "dynamic" or the fixed batch size as a string.
@@ -76,6 +80,7 @@ class Artefact:
         bytes: size of its file, or of all files of its package; `write_manifest` fills it in.
         latency: measured figures; `p50_ms` (one input, batch 1) decides which artefact `runtime.load` picks.
         threshold: least `cosine_min`; None = `COSINE_MIN` of the precision.
+        facts: what its converter or compiler said: layers, partitions, versions.
     """
 
     id: str
@@ -90,6 +95,7 @@ class Artefact:
     bytes: int | None = None
     latency: dict[str, Any] | None = None
     threshold: float | None = None
+    facts: dict[str, Any] | None = None
 
     @property
     def cosine_threshold(self) -> float:
@@ -296,13 +302,14 @@ def _manifest(document: dict[str, Any], reader: _Reader) -> Manifest:
 
 
 def _artefact(entry: dict[str, Any], reader: _Reader, where: str) -> Artefact:
-    optional = {"threshold": None, **entry}
+    optional = {"threshold": None, "facts": None, **entry}
     return Artefact(
         **{key: reader.take(entry, key, str, where) for key in ("id", "tower", "target", "precision", "batch", "status")},
         **{key: reader.take(entry, key, (str, _NULL), where) for key in ("path", "reason")},
         **{key: reader.take(entry, key, (dict, _NULL), where) for key in ("parity", "latency")},
         bytes=reader.take(entry, "bytes", (int, _NULL), where),
         threshold=reader.take(optional, "threshold", (float, _NULL), where),
+        facts=reader.take(optional, "facts", (dict, _NULL), where),
     )
 
 
@@ -340,17 +347,20 @@ def _check_artefact(artefact: Artefact, manifest: Manifest, must: Callable[[bool
         artefact.batch == "dynamic" or (artefact.batch.isdecimal() and int(artefact.batch) > 0),
         f"{name} has batch '{artefact.batch}', expected dynamic or a number",
     )
-    must(artefact.status in ("proven", "refused"), f"{name} has status '{artefact.status}', expected proven or refused")
+    must(artefact.status in STATUSES, f"{name} has status '{artefact.status}', expected one of {', '.join(STATUSES)}")
+    must(artefact.status == "proven" or bool(artefact.reason), f"{name} is {artefact.status}, so it must have a reason")
     if artefact.status == "refused":
-        must(artefact.path is None and bool(artefact.reason), f"{name} is refused, so it has no path and must have a reason")
+        must(artefact.path is None, f"{name} is refused, so it has no path")
         return
     if artefact.path is None or not _inside(artefact.path):
-        must(False, f"{name} is proven, so it needs a path inside the bundle, not {artefact.path!r}")
+        must(False, f"{name} is {artefact.status}, so it needs a path inside the bundle, not {artefact.path!r}")
         return
     parts = artefact_files(artefact, manifest.files)
     must(bool(parts), f"{name} names '{artefact.path}', which is not among the files")
     size = sum(manifest.files[part].bytes for part in parts)
     must(artefact.bytes == size, f"{name} says it has {artefact.bytes} bytes, its files have {size}")
+    if artefact.status != "proven":
+        return
     cosine = (artefact.parity or {}).get("cosine_min")
     must(type(cosine) in (int, float), f"{name} is proven, so its parity needs the field 'cosine_min'")
 

@@ -119,7 +119,7 @@ def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefa
 
     Preprocessing must give the golden pixels (within 1e-6), the tokenizer the golden tokens exactly, and each ONNX
     artefact embeddings whose least cosine reaches its threshold. Artefacts of targets that do not run here are judged by
-    the figure that their export recorded ("recorded"); refused ones are listed.
+    the figure that their export recorded ("recorded"); those that are not proven are listed with their status.
 
     Args:
         bundle: the folder. Its files must have been verified, or are so where they are opened here.
@@ -128,7 +128,7 @@ def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefa
 
     Returns:
         {"ok", "name", "n", "preprocess": {"ok", "max_abs"}, "tokenizer": {"ok", "rows_different"},
-        "artefacts": [{"id", "ok", "how": "run"|"recorded"|"refused", "cosine_min", "threshold", "reason", …}]}
+        "artefacts": [{"id", "ok", "how": "run"|"recorded"|"refused"|"unproven"|"failed", "cosine_min", "threshold", "reason", …}]}
 
     Raises:
         BundleError: the manifest or the golden inputs are unusable.
@@ -164,8 +164,8 @@ def _check(folder: Path, manifest: Manifest, artefact: Artefact, golden: Golden,
         "reason": artefact.reason,
     }
     recorded = (artefact.parity or {}).get("cosine_min")
-    if artefact.status == "refused":
-        return {**entry, "ok": True, "how": "refused", "cosine_min": recorded}
+    if artefact.status != "proven":  # never picked: listed with its reason, not judged
+        return {**entry, "ok": True, "how": artefact.status, "cosine_min": recorded}
     if artefact.target not in BACKENDS:
         return _judge({**entry, "how": "recorded", "cosine_min": recorded})
     inputs, wanted = (golden.pixels, golden.image_embedding) if artefact.tower == "image" else (golden.tokens, golden.text_embedding)

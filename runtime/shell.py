@@ -173,8 +173,8 @@ def verify(argv: list[str]) -> int:
     _write(f"{_mark(report['tokenizer'])}  tokenizer      {report['tokenizer']['rows_different']} rows different")
     width = max((len(entry["id"]) for entry in report["artefacts"]), default=0)
     for entry in report["artefacts"]:
-        if entry["how"] == "refused":
-            _write(f"--    {entry['id']:<{width}}  refused at export: {entry['reason']}")
+        if entry["how"] not in ("run", "recorded"):
+            _write(f"--    {entry['id']:<{width}}  {entry['how']} at export: {entry['reason']}")
             continue
         cosine = "none" if entry["cosine_min"] is None else f"{entry['cosine_min']:.6f}"
         how = "run here" if entry["how"] == "run" else "recorded at export, does not run here"

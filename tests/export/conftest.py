@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from export.bundle import ExportConfig, export_bundle
-from export.towers import Samples, read_samples
+from export.draft import Job
+from export.towers import Samples, Tower, read_samples
 from export.verify import Reference, reference_of
 from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
@@ -102,7 +103,7 @@ def pocket_bundle(pocket_checkpoint, pairs_folder, shared) -> Path:
     """The pocket model exported to everything, as `mclip export` does it."""
 
     def make(folder: Path) -> None:
-        export_bundle(ExportConfig(checkpoint=pocket_checkpoint, bundle=folder, pairs=pairs_folder, target="all", samples=32, calibration=12, golden=4))
+        export_bundle(ExportConfig(checkpoint=pocket_checkpoint, bundle=folder, pairs=pairs_folder, target="onnx,coreml,tensorrt", samples=32, calibration=12, golden=4))
 
     return once(shared, "bundle", make)
 
@@ -117,6 +118,17 @@ def samples(pocket, pocket_checkpoint, pairs_folder) -> Samples:
 @pytest.fixture(scope="session")
 def reference(pocket, samples) -> Reference:
     return reference_of(pocket, samples)
+
+
+def job_of(model: nn.Module, tower: Tower, samples: Samples, folder: Path, **convert: object) -> Job:
+    """What a converter is given, the samples for its calibration rows too."""
+    return Job(model=model, tower=tower, calibration=samples, folder=folder, convert=convert)
+
+
+def rows_of(tower: Tower, rows: np.ndarray) -> Samples:
+    """Samples that have one tower's inputs alone."""
+    nothing = np.zeros((len(rows), 0), np.float32)
+    return Samples(keys=(), captions=(), **({"pixels": rows, "tokens": nothing} if tower == "image" else {"pixels": nothing, "tokens": rows}))
 
 
 def teacher_like() -> ImageTextModel:

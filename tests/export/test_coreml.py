@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("coremltools")
 
 from export.mil_interpreter import MilProgram  # noqa: E402
-from export.to_coreml import evaluate, export_coreml  # noqa: E402
+from export.to_coreml import convert, drafts, evaluate, save  # noqa: E402
 from export.to_onnx import OnnxEncoder, export_onnx, serialize  # noqa: E402
 from export.towers import encoder_of  # noqa: E402
 from export.verify import measure, reference_of  # noqa: E402
@@ -22,7 +22,11 @@ from runtime.errors import (
     BundleError,
     ParityError,  # noqa: E402
 )
-from tests.export.conftest import teacher_like  # noqa: E402
+from tests.export.conftest import job_of, rows_of, teacher_like  # noqa: E402
+
+
+def package(model, tower, rows, path):
+    return save(convert(job_of(model, tower, rows_of(tower, rows), path.parent)), path)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -44,24 +48,24 @@ def test_float32_arithmetic_is_nearer_than_float16(pocket_bundle, samples, refer
 def test_damaged_weights_show(pocket_bundle, samples, reference, tmp_path):
     import shutil
 
-    package = tmp_path / "damaged.mlpackage"
-    shutil.copytree(pocket_bundle / "coreml/image.fp16.mlpackage", package)
-    (weights,) = package.rglob("weight.bin")
+    copy = tmp_path / "damaged.mlpackage"
+    shutil.copytree(pocket_bundle / "coreml/image.fp16.mlpackage", copy)
+    (weights,) = copy.rglob("weight.bin")
     good = weights.read_bytes()
-    arrays = [array.astype(np.float16) for array in MilProgram.open(package).constants().values() if array.dtype.kind == "f"]
+    arrays = [array.astype(np.float16) for array in MilProgram.open(copy).constants().values() if array.dtype.kind == "f"]
     largest = max(arrays, key=lambda array: array.nbytes)
     start = good.index(largest.tobytes())
     damaged = (largest + np.float16(1)).tobytes()
     weights.write_bytes(good[:start] + damaged + good[start + len(damaged) :])
-    assert measure("image", evaluate(MilProgram.open(package), samples.pixels[:6]), reference).cosine_min < 0.999
+    assert measure("image", evaluate(MilProgram.open(copy), samples.pixels[:6]), reference).cosine_min < 0.999
     weights.write_bytes(good.replace((0xDEADBEEF).to_bytes(4, "little"), b"\0\0\0\0"))
     with pytest.raises(BundleError, match="damaged"):
-        MilProgram.open(package)
+        MilProgram.open(copy)
 
 
 def test_second_save_gives_the_same_bytes(pocket_bundle, pocket_checkpoint, samples, tmp_path):
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
-    again = export_coreml(folded, "text", samples.tokens, tmp_path / "text.mlpackage")
+    again = package(folded, "text", samples.tokens, tmp_path / "text.mlpackage")
     first = pocket_bundle / "coreml/text.fp16.mlpackage"
     for path in first.rglob("*"):
         if path.is_file():
@@ -84,7 +88,7 @@ def test_mask_beyond_float16_is_refused(tmp_path):
         image = Tower()
 
     with pytest.raises(ParityError, match="beyond float16's 65504"):
-        export_coreml(Model(), "image", np.zeros((1, 3, 2, 2), np.float32), tmp_path / "a.mlpackage")
+        package(Model(), "image", np.zeros((1, 3, 2, 2), np.float32), tmp_path / "a.mlpackage")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,7 +102,7 @@ def test_clamps_with_one_integer_bound_convert(tmp_path):
         image = Tower()
 
     pixels = np.linspace(-4, 4, 12, dtype=np.float32).reshape(1, 3, 2, 2)
-    program = MilProgram.open(export_coreml(Model(), "image", pixels, tmp_path / "a.mlpackage"))
+    program = MilProgram.open(package(Model(), "image", pixels, tmp_path / "a.mlpackage"))
     flat = torch.from_numpy(pixels).flatten(1)
     expected = flat.clamp(min=1) + flat.clamp(min=0) + flat.clamp(max=2) + flat.clamp(max=3)
     np.testing.assert_allclose(evaluate(program, pixels), expected / expected.norm(), atol=2e-3)
@@ -109,8 +113,48 @@ def test_sample_teachers_form_converts(tower, tmp_path, samples):
     """Asymmetric padding, ReLU6, a padding mask, mean pooling, post-norm: what the pocket model has none of."""
     model = teacher_like()
     reference = reference_of(model, samples)
-    program = MilProgram.open(export_coreml(model, tower, samples.inputs(tower), tmp_path / "teacher.mlpackage"))
+    program = MilProgram.open(package(model, tower, samples.inputs(tower), tmp_path / "teacher.mlpackage"))
     # Random weights of this depth magnify float16's rounding; the trained teacher keeps 0.9999.
     assert measure(tower, evaluate(program, samples.inputs(tower)[:6]), reference).cosine_min >= 0.995
     exported = OnnxEncoder(serialize(export_onnx(encoder_of(model, tower), samples.inputs(tower))))
     assert measure(tower, exported(samples.inputs(tower)), reference).cosine_min >= 0.99999
+
+
+def test_weights_in_fewer_bits_are_smaller_and_further_away(pocket_bundle, pocket_checkpoint, samples, reference, tmp_path):
+    """What the interpreter reads back from disk is the compressed program: fewer bits, larger distance, and a file that shows it."""
+    folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
+    precisions = ("fp32", "fp16", "palette8", "palette6", "palette4", "int8", "sparse")
+    found = {}
+    for draft in drafts(job_of(folded, "text", samples, tmp_path), precisions):
+        size = sum(path.stat().st_size for path in (tmp_path / draft.path).rglob("*") if path.is_file())
+        found[draft.precision] = (measure("text", draft.run(samples.tokens[:16]), reference).centred_mean, size)
+        assert draft.id == f"text-coreml-{draft.precision}"
+    cosines, sizes = ({name: pair[place] for name, pair in found.items()} for place in (0, 1))
+    assert cosines["fp32"] > 0.999999
+    assert cosines["fp16"] > 0.99999
+    assert cosines["fp16"] > cosines["palette8"] > cosines["palette6"] > cosines["palette4"]
+    assert cosines["palette8"] > 0.99
+    assert cosines["sparse"] < cosines["palette6"]
+    assert sizes["fp32"] > 1.8 * sizes["fp16"]
+    assert sizes["fp16"] > 1.5 * sizes["palette8"] > 1.5 * sizes["palette6"] > 1.5 * sizes["palette4"] * 1.2
+    assert sizes["int8"] < 0.65 * sizes["fp16"]
+    assert sizes["sparse"] < 0.8 * sizes["fp16"]
+
+
+@pytest.mark.parametrize("precision", ["palette6", "int8"])
+def test_compressed_weights_are_reproducible(precision, pocket_checkpoint, samples, tmp_path):
+    folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
+    for name in ("one", "two"):
+        list(drafts(job_of(folded, "text", samples, tmp_path / name), (precision,)))
+    first = {str(path.relative_to(tmp_path / "one")): path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert len(first) == 3
+    assert first == {str(path.relative_to(tmp_path / "two")): path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("ios", [16, 18])
+def test_the_oldest_system_is_chosen(ios, pocket_checkpoint, samples, reference, tmp_path):
+    folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
+    (draft,) = drafts(job_of(folded, "image", samples, tmp_path, ios=ios), ("fp16",))
+    assert draft.facts["deployment_target"] == f"iOS{ios}"
+    assert MilProgram.open(tmp_path / draft.path).specification_version == {16: 7, 18: 9}[ios]
+    assert measure("image", draft.run(samples.pixels[:4]), reference).cosine_min >= 0.9995

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -12,9 +14,11 @@ from torch import nn
 from export.quantize import quantize_dynamic, quantize_static, quantize_tables
 from export.to_onnx import OnnxEncoder, check_constants, check_whole, export_onnx, operation_counts, plain_attention, serialize, write_onnx
 from export.to_tensorrt import audit_types, build_ahead
-from export.towers import Encoder, image_encoder, text_encoder
+from export.towers import Encoder, fold_norms, image_encoder, text_encoder
 from export.verify import measure
+from mobileclip.reparameterize import reparameterize
 from runtime.errors import ParityError
+from tests.export.conftest import teacher_like
 
 
 class Masked(nn.Module):
@@ -204,3 +208,31 @@ def test_half_tower_leaves_the_model_alone(pocket, samples):
         found = half(torch.from_numpy(samples.pixels[:2]))
     assert found.dtype == torch.float32
     assert next(pocket.image.parameters()).dtype == kept == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["pocket", "teacher"])
+def test_batch_norms_are_folded_before_anything_is_rounded(kind, pocket, samples):
+    """Running variances far from 1, as training leaves them: rounded by themselves they cost what a folded kernel does not."""
+    tower = copy.deepcopy(reparameterize(pocket)[0] if kind == "pocket" else teacher_like()).image
+    generator = torch.Generator().manual_seed(0)
+    for norm in (module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_var.mul_(torch.rand(norm.num_features, generator=generator) * 0.5 + 0.75)
+    rows = torch.from_numpy(samples.pixels[:4])
+    with torch.no_grad():
+        expected, folded = tower(rows), fold_norms(tower, rows[:2])
+        assert torch.allclose(folded(rows), expected, atol=1e-4 * float(expected.abs().max()))
+    before, left = ({name for name, module in one.named_modules() if isinstance(module, nn.BatchNorm2d)} for one in (tower, folded))
+    assert len(before) > len(left)  # the original is left as it was
+    # An attention block's norm reads what its residual reads too; the last one follows a sum.
+    assert left == ({"trunk.stages.2.blocks.0.norm", "trunk.norm"} if kind == "pocket" else set())
+
+
+def test_dynamic_int8_keeps_to_seven_bits(text_model):
+    """So that sums of two products stay within 16 bits where a processor adds them there."""
+    quantised = quantize_dynamic(text_model)
+    read = {node.input[1] for node in quantised.graph.node if node.op_type == "MatMulInteger"}
+    weights = [numpy_helper.to_array(item) for item in quantised.graph.initializer if item.name in read]
+    assert len(weights) == len(read) > 4
+    for weight in weights:
+        assert weight.dtype == np.int8
+        assert 32 < np.abs(weight.astype(np.int32)).max() <= 64

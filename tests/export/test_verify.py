@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +11,7 @@ from onnx import numpy_helper
 
 from export.to_onnx import OnnxEncoder, serialize
 from export.towers import choose_rows
-from export.verify import THRESHOLDS, Parity, Reference, check, failure, measure, reference_of, require_spread, spread
+from export.verify import THRESHOLDS, Parity, Reference, at_chance, check, failure, measure, reference_of, require_spread, spread
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import preset
 from runtime.errors import ParityError
@@ -21,6 +23,11 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 RNG = np.random.default_rng(3)
 REFERENCE = Reference(image=unit(RNG.standard_normal((20, 16))), text=unit(RNG.standard_normal((20, 16))))
+
+
+def figures(**changes: float) -> Parity:
+    best = {"cosine_min": 1.0, "cosine_p1": 1.0, "cosine_mean": 1.0, "centred_p1": 1.0, "centred_mean": 1.0, "max_abs": 0.0, "rank_agreement": 1.0}
+    return Parity(**{**best, "recall1_change": 0.0, "recall1_low": 0.0, "recall1_high": 0.0, "logit_drift": 0.0, "n": 7, **changes})  # type: ignore[arg-type]
 
 
 def test_equal_embeddings_have_perfect_figures():
@@ -55,10 +62,49 @@ def test_values_that_are_not_finite_fail_every_precision():
 
 
 def test_message_names_artefact_figure_and_threshold():
-    parity = Parity(cosine_min=0.99, cosine_p1=0.99, cosine_mean=0.995, max_abs=0.1, rank_agreement=1, recall1_change=0, n=7)
+    parity = figures(cosine_min=0.99, centred_p1=0.985)
     with pytest.raises(ParityError, match=r"artefact image-onnx-fp32: cosine_min 0\.990000 is below 0\.99999, the least for fp32 \(over 7 samples\)"):
         check("image-onnx-fp32", parity, "fp32")
     check("image-onnx-int8", parity, "int8")
+    for worse in ({"centred_p1": 0.97}, {"recall1_change": -0.006}):
+        with pytest.raises(ParityError, match=r"is below (0\.98|-0\.005), the least for palette6"):
+            check("image-coreml-palette6", figures(**worse), "palette6")
+    check("image-onnx-int8", figures(recall1_change=-0.005), "int8")
+
+
+def test_a_narrow_cone_hides_nothing_from_the_centred_cosine():
+    """Embeddings that share one large direction: the plain cosine stays high while what tells them apart is lost."""
+    shared, own = unit(RNG.standard_normal((1, 16))), unit(RNG.standard_normal((20, 16)))
+    cone = Reference(image=unit(4 * shared + own), text=unit(4 * shared + own))
+    lost = unit(4 * shared + unit(RNG.standard_normal((20, 16))))
+    parity = measure("text", lost, cone)
+    assert parity.cosine_min > 0.85
+    assert parity.centred_mean < 0.5
+    assert parity.centred_p1 < 0
+
+
+def test_interval_of_the_change_is_paired():
+    """Two artefacts with the same recall: one changed nothing, the other as many hits either way."""
+    aligned = Reference(image=REFERENCE.image, text=REFERENCE.image.copy())
+    same = measure("text", aligned.text, aligned)
+    assert (same.recall1_low, same.recall1_high) == (0, 0)
+    half = Reference(image=aligned.image, text=np.concatenate([aligned.text[:10], aligned.text[[11, 10, 13, 12, 15, 14, 17, 16, 19, 18]]]))
+    other = measure("text", half.image[[1, 0, 3, 2, 5, 4, 7, 6, 9, 8, *range(10, 20)]], half)
+    assert other.recall1_change == 0
+    assert other.recall1_low < -0.2 < 0.2 < other.recall1_high
+
+
+def test_logit_drift_is_in_logits():
+    turned = REFERENCE.text.copy()
+    turned[:, 0] *= -1
+    small, large = (measure("text", turned, dataclasses.replace(REFERENCE, logit_scale=scale)).logit_drift for scale in (1.0, 50.0))
+    assert large == pytest.approx(50 * small)
+    assert small == pytest.approx(np.abs(2 * np.outer(REFERENCE.text[:, 0], REFERENCE.image[:, 0])).mean(), rel=1e-5)
+
+
+def test_a_checkpoint_at_chance_is_known():
+    assert "1 of 20" in (at_chance(dataclasses.replace(REFERENCE, text=REFERENCE.image[[0, *range(2, 20), 1]])) or "")
+    assert at_chance(Reference(image=REFERENCE.image, text=REFERENCE.image)) is None
 
 
 def test_wrong_width_is_refused():

@@ -143,10 +143,10 @@ def test_every_field_is_needed_and_typed(own_bundle: Path) -> None:
             for value in (None, "lacks"), ({"object": True}, "is .*expected|is no object|unusable"):
                 changed = json.loads(json.dumps(whole))
                 if value[0] is None:
-                    if name in ("threshold", "manifest_sha256"):
+                    if name in ("threshold", "facts", "manifest_sha256"):
                         continue
                     del holder(changed)[name]
-                elif name in ("manifest_sha256", "golden", "provenance", "image", "text", "parity", "latency"):
+                elif name in ("manifest_sha256", "golden", "provenance", "image", "text", "parity", "latency", "facts"):
                     continue
                 else:
                     holder(changed)[name] = [] if name == "files" else value[0]
@@ -177,6 +177,8 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("same id", lambda d: d["artefacts"].append(d["artefacts"][0]), "share an id"),
     ("refused with a path", lambda d: d["artefacts"][0].update(status="refused", reason="slow"), "refused, so it has no path"),
     ("refused without reason", lambda d: d["artefacts"][3].update(reason=None), "must have a reason"),
+    ("unproven without reason", lambda d: d["artefacts"][0].update(status="unproven"), "is unproven, so it must have a reason"),
+    ("failed without path", lambda d: d["artefacts"][3].update(status="failed"), "is failed, so it needs a path"),
     ("proven without path", lambda d: d["artefacts"][0].update(path=None), "needs a path"),
     ("proven without parity", lambda d: d["artefacts"][0].update(parity={}), "needs the field 'cosine_min'"),
     ("unlisted path", lambda d: d["artefacts"][0].update(path="onnx/other.onnx"), "not among the files"),
