@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml mobileclip/__init__.py
 	touch $(STAMP)
 
 $(DEV): $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[all,dev,qnn]'
 	touch $(DEV)
 
 demo: $(STAMP)

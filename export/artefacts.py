@@ -26,7 +26,13 @@ from runtime.manifest import Artefact
 TARGETS = {
     "onnx": "export.to_onnx",
     "coreml": "export.to_coreml",
+    "coreai": "export.to_coreai",
     "tensorrt": "export.to_tensorrt",
+    "openvino": "export.to_openvino",
+    "litert": "export.to_litert",
+    "executorch": "export.to_executorch",
+    "qnn": "export.to_qnn",
+    "hf": "export.to_hf",
 }
 """Target to the module that converts to it."""
 LEAST_TO_JUDGE = 4

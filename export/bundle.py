@@ -26,6 +26,7 @@ from PIL import Image
 from distill.progress import stamped_lines
 from export.artefacts import Maker, converter, parse_targets
 from export.latency_gate import processor
+from export.to_hf import write_hf_files
 from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples, text_encoder
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
@@ -37,7 +38,10 @@ from runtime.pairs import Pairs, open_pairs
 from runtime.preprocess import PreprocessConfig, preprocess
 from runtime.selfcheck import write_golden
 
-_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "coremltools", "tensorrt-rtx-cu13", "numpy")
+_PACKAGES = (
+    "torch", "timm", "onnx", "onnxscript", "onnxruntime", "coremltools", "tensorrt-rtx-cu13", "openvino", "nncf", "litert-torch", "ai-edge-litert",
+    "ai-edge-quantizer", "executorch", "torchao", "coreai-torch", "coreai-core", "coreai-opt", "onnxruntime-qnn", "numpy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +52,14 @@ class ExportConfig:
     """Checkpoint folder."""
     bundle: Annotated[Path, tyro.conf.Positional]
     """Bundle folder to make; a bundle that stands there is replaced when the new one is complete."""
-    pairs: Path
+    pairs: Annotated[Path, tyro.conf.arg(aliases=["--calibrate"])]
     """Pairs folder: golden pictures, calibration and comparison come from it. Not the test split."""
     target: str = "onnx"
-    """Comma-separated targets, or all: see `mclip export --help`'s table of targets and precisions."""
+    """Comma-separated: onnx, coreml, coreai, tensorrt, openvino, litert, executorch, qnn, hf (transformers.js), or all. Each is an extra of the same name,
+    but for onnx and hf (export)."""
     precision: str = "fp32,fp16,int8"
-    """Comma-separated; each target is made in those that it knows."""
+    """Comma-separated, fp32, fp16, int8, palette8, palette6, palette4, sparse, a16w8: each target is made in those of them that it knows, onnx always in fp32
+    too."""
     samples: int = 256
     """Pairs that artefacts are compared on."""
     calibration: int = 64
@@ -126,6 +132,8 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         )  # fmt: skip
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
         shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
+        if (work / "hf").is_dir():
+            write_hf_files(work / "hf", model.config, pixels, work / "tokenizer.json", logit_scale=float(model.logit_scale.detach().exp()))
         facts = _write_golden(work, model, pairs, golden, pixels, tokenizer)
         manifest = Manifest(
             name=config.name or model.config.name,
