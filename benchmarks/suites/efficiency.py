@@ -45,7 +45,7 @@ class EfficiencyConfig:
     budgets: tuple[int, ...] = (20_000, 40_000, 80_000, 160_000, 320_000)
     seeds: int = 3
     headline_seeds: int = 5
-    """Of `plain` and `reinforced`."""
+    """Of `plain`, `reinforced` and the negative control, whose difference is small."""
     tuning: tuple[int, int] = (40_000, 160_000)
     """The settings found at the first serve budgets up to it, those found at the second all others."""
     tuning_seeds: tuple[int, int] = (2, 1)
@@ -170,7 +170,8 @@ def plan(config: EfficiencyConfig, tuned: dict[Family, dict[int, tuple[int, floa
         "headline": jobs(("plain", "reinforced"), config.budgets, some),
         "ladder": jobs((*LADDER, "unmatched"), (config.ladder_samples,), some),
         "oracles": jobs(("gated", "right_half", "clean", "plain"), (config.oracle_samples,), some),
-        "more seeds": jobs(("plain", "reinforced"), config.budgets, range(config.seeds, config.headline_seeds)),
+        "more seeds": jobs(("plain", "reinforced"), config.budgets, range(config.seeds, config.headline_seeds))
+        + (jobs(("unmatched",), (config.ladder_samples,), range(config.seeds, config.headline_seeds)) if "ladder" in config.parts else []),
         "nested": jobs(("nested",), (config.oracle_samples,), some),
         "noise": jobs(("clean", "plain_25"), (small[1], config.oracle_samples), some) + jobs(("reinforced_0", "reinforced_25"), small, some),
         "harm": jobs(("clean", "shuffled_10", "shuffled_50"), (config.tuning[0],), some) + jobs(("reinforced",), (config.tuning[0],), range(2 * config.seeds)),

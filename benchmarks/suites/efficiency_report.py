@@ -53,7 +53,8 @@ def figures_of(experiment: Experiment, jobs: Sequence[Job], tuned: dict[Any, Any
         for samples in sorted({samples for name, samples in known if name == arm} & {samples for name, samples in known if name == reference}):
             if arm == "reinforced" and samples != experiment.config.ladder_samples:
                 continue
-            a, b = (hits[name, samples, "trained"][: experiment.config.seeds] for name in (reference, arm))
+            seeds = min(len(hits[name, samples, "trained"]) for name in (reference, arm))
+            a, b = (hits[name, samples, "trained"][:seeds] for name in (reference, arm))
             figures["steps"].append({"arm": arm, "title": title, "against": reference, "samples": samples, **difference(a, b)})
     same = hits.get(("reinforced", experiment.config.tuning[0], "trained"))
     if same is not None and len(same) >= 2 * experiment.config.seeds:
