@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from export.draft import Draft, Job
 from export.to_onnx import plain_attention, quiet
+from export.towers import fold_norms
 from runtime.errors import BundleError, MissingExtraError, ParityError
 from runtime.files import write_whole
 
 PRECISIONS = ("fp32", "int8")
 EXTRA = "executorch"
-NO_STATIC_INT8 = "static ranges by torchao leave less than ONNX Runtime's do (pocket_s, random: mean cosine 0.64 against 0.99); take fp32, or LiteRT's int8"
+FLOAT_CONVOLUTIONS = 3  # from the input on: one scale cannot serve their channels
 ROWS = 64  # one at a time
 LEAST_ROWS = 256  # of a table worth cutting to int8
 
@@ -117,7 +118,7 @@ def require() -> None:
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
-    """One program a precision, batch 1: float32, and int8 of towers without convolutions, ranges taken at run time.
+    """One program a precision, batch 1: float32, and int8 (image: ranges from the calibration rows; text: ranges taken at run time).
 
     Raises:
         MissingExtraError: executorch or torchao is not installed.
@@ -126,9 +127,6 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
     require()
     version = importlib.metadata.version("executorch")
     for precision in precisions:
-        if precision == "int8" and any(isinstance(module, nn.Conv2d) for module in job.encoder().modules()):
-            job.say(f"{job.tower}-executorch-int8: left out, {NO_STATIC_INT8}")
-            continue
         data, facts = convert(job, precision)
         path = f"executorch/{job.tower}.{precision}.pte"
         (job.folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -173,21 +171,60 @@ def convert(job: Job, precision: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def quantize(module: nn.Module, rows: np.ndarray) -> nn.Module:
-    """int8 by torchao: linear layers, one weight scale an output channel, ranges of activations taken at run time; sums, norms and softmax stay float. Tables
-    by `Table`."""
+    """int8 by torchao: convolutions and linear layers, one weight scale an output channel; sums, norms and softmax stay float. Tables by `Table`.
+
+    A tower of convolutions takes the ranges of its activations from `rows`, one without takes them at run time.
+    """
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    module = copy.deepcopy(module).eval()
+    module = without_norms(module, rows)
     for name, table in list(module.named_modules()):
         if isinstance(table, nn.Embedding) and table.num_embeddings >= LEAST_ROWS:
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, Table(table.weight.detach()))
+            _replace(module, name, Table(table.weight.detach()))
     graph = _export(module, torch.from_numpy(np.ascontiguousarray(rows[:1]))).module()
-    quantizer = XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+    convolutions = [node.name for node in graph.graph.nodes if node.target == torch.ops.aten.conv2d.default]
+    floats = set(convolutions[:FLOAT_CONVOLUTIONS])
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=not convolutions)
+    quantizer = XNNPACKQuantizer().set_filter_function(lambda node: node.name not in floats)
+    for operation in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default):
+        quantizer.set_operator_type(operation, config)
     prepared = prepare_pt2e(graph, quantizer)
-    prepared(torch.from_numpy(rows[:1]))
+    for n in range(len(rows) if convolutions else 1):
+        prepared(torch.from_numpy(rows[n : n + 1]))
     return convert_pt2e(prepared)
+
+
+def pointwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """What a batch norm computes at inference, as a convolution of one weight a channel: int8 holds those exactly."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = (norm.weight if norm.affine else torch.ones_like(norm.running_var)).detach() / torch.sqrt(norm.running_var + norm.eps)
+    made = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features)
+    made.weight.data = factor[:, None, None, None]
+    assert made.bias is not None
+    made.bias.data = (norm.bias.detach() if norm.affine else 0.0) - norm.running_mean * factor
+    return made
+
+
+def without_norms(module: nn.Module, rows: np.ndarray) -> nn.Module:
+    """A copy of a `Delegable` without batch norms: folded into their own convolutions, the others as of `pointwise`.
+
+    torchao folds a norm into whichever convolution it reads, also where a residual reads that convolution too: pocket_s kept a mean cosine of 0.64.
+    """
+    module = copy.deepcopy(module).eval()
+    if any(isinstance(one, nn.BatchNorm2d) for one in module.modules()):
+        module.tower = fold_norms(module.tower, torch.from_numpy(rows[:2]))
+    for name, norm in list(module.named_modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            rest = [one for one in (getattr(norm, "drop", None), getattr(norm, "act", None)) if one is not None]  # timm's norm with activation
+            _replace(module, name, nn.Sequential(pointwise(norm), *rest))
+    return module
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, new)
 
 
 def _left_out(program: Any) -> Counter[str]:

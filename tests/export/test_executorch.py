@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -71,18 +70,24 @@ def test_files_compute_what_the_checkpoint_does(tower, made, jobs, samples, refe
     assert measure(tower, embeddings, reference).cosine_min >= 0.99999
 
 
-@pytest.mark.slow
-def test_int8_of_a_whole_tower_is_small_and_near(made, jobs, samples, reference):
-    (draft,) = drafts(jobs["text"], ["int8"])
-    small, large = ((jobs["text"].folder / path).stat().st_size for path in (draft.path, made["text-executorch-fp32"].path))
+@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
+def test_int8_of_a_whole_tower_is_small_and_near(tower, made, jobs, samples, reference):
+    (draft,) = drafts(jobs[tower], ["int8"])
+    small, large = ((jobs[tower].folder / path).stat().st_size for path in (draft.path, made[f"{tower}-executorch-fp32"].path))
     assert small < 0.35 * large
-    assert 0.95 <= measure("text", draft.run(samples.tokens), reference).cosine_mean < 0.99999
+    assert 0.95 <= measure(tower, draft.run(samples.inputs(tower)), reference).cosine_mean < 0.99999
 
 
-def test_int8_of_convolutions_is_left_out_and_said(jobs):
-    said = []
-    assert list(drafts(dataclasses.replace(jobs["image"], say=said.append), ["int8"])) == []
-    assert said[0].startswith("image-executorch-int8: left out, ")
+def test_norms_that_share_their_convolution_are_not_folded(jobs, samples):
+    """torchao would: what a residual reads beside the norm would be scaled too."""
+    module = Delegable(jobs["image"].encoder().tower)
+    bare = to_executorch.without_norms(module, samples.pixels)
+    assert any(isinstance(one, nn.BatchNorm2d) for one in module.modules())
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in bare.modules())
+    assert len([one for one in bare.modules() if isinstance(one, nn.Conv2d)]) == 2 + len([one for one in module.modules() if isinstance(one, nn.Conv2d)])
+    rows = torch.from_numpy(samples.pixels[:4])
+    with torch.no_grad():
+        assert torch.allclose(bare(rows), module(rows), atol=1e-5)
 
 
 def test_attention_and_norm_stay_in_the_delegates(made):
@@ -108,7 +113,7 @@ def test_runtime_without_a_thread_setting_is_not_timed(made, jobs, monkeypatch):
     assert "cannot be held to one" in draft.how
 
 
-@pytest.mark.parametrize(("tower", "precision"), [("image", "fp32"), ("text", "int8")])
+@pytest.mark.parametrize(("tower", "precision"), [("image", "fp32"), ("text", "int8"), pytest.param("image", "int8", marks=pytest.mark.slow)])
 def test_second_conversion_gives_the_same_bytes(tower, precision, samples, tmp_path):
     """On a tower of a few layers, as a conversion takes seconds."""
     files = []
