@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("coremltools")
 
 from export.mil_interpreter import MilProgram  # noqa: E402
-from export.to_coreml import convert, drafts, evaluate, save  # noqa: E402
+from export.to_coreml import PRECISIONS, convert, drafts, evaluate, save  # noqa: E402
 from export.to_onnx import OnnxEncoder, export_onnx, serialize  # noqa: E402
 from export.towers import encoder_of  # noqa: E402
 from export.verify import measure, reference_of  # noqa: E402
@@ -120,10 +120,11 @@ def test_sample_teachers_form_converts(tower, tmp_path, samples):
     assert measure(tower, exported(samples.inputs(tower)), reference).cosine_min >= 0.99999
 
 
+@pytest.mark.slow
 def test_weights_in_fewer_bits_are_smaller_and_further_away(pocket_bundle, pocket_checkpoint, samples, reference, tmp_path):
     """What the interpreter reads back from disk is the compressed program: fewer bits, larger distance, and a file that shows it."""
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
-    precisions = ("fp32", "fp16", "palette8", "palette6", "palette4", "int8", "sparse")
+    precisions = PRECISIONS
     found = {}
     for draft in drafts(job_of(folded, "text", samples, tmp_path), precisions):
         size = sum(path.stat().st_size for path in (tmp_path / draft.path).rglob("*") if path.is_file())
@@ -141,7 +142,7 @@ def test_weights_in_fewer_bits_are_smaller_and_further_away(pocket_bundle, pocke
     assert sizes["sparse"] < 0.8 * sizes["fp16"]
 
 
-@pytest.mark.parametrize("precision", ["palette6", "int8"])
+@pytest.mark.parametrize("precision", ["palette6", pytest.param("int8", marks=pytest.mark.slow)])
 def test_compressed_weights_are_reproducible(precision, pocket_checkpoint, samples, tmp_path):
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
     for name in ("one", "two"):
@@ -151,7 +152,7 @@ def test_compressed_weights_are_reproducible(precision, pocket_checkpoint, sampl
     assert first == {str(path.relative_to(tmp_path / "two")): path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("ios", [16, 18])
+@pytest.mark.parametrize("ios", [pytest.param(16, marks=pytest.mark.slow), 18])
 def test_the_oldest_system_is_chosen(ios, pocket_checkpoint, samples, reference, tmp_path):
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
     (draft,) = drafts(job_of(folded, "image", samples, tmp_path, ios=ios), ("fp16",))

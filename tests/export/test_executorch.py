@@ -70,7 +70,8 @@ def test_files_compute_what_the_checkpoint_does(tower, made, jobs, samples, refe
     assert measure(tower, embeddings, reference).cosine_min >= 0.99999
 
 
-@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["image", "text"])
 def test_int8_of_a_whole_tower_is_small_and_near(tower, made, jobs, samples, reference):
     (draft,) = drafts(jobs[tower], ["int8"])
     small, large = ((jobs[tower].folder / path).stat().st_size for path in (draft.path, made[f"{tower}-executorch-fp32"].path))
@@ -113,7 +114,7 @@ def test_runtime_without_a_thread_setting_is_not_timed(made, jobs, monkeypatch):
     assert "cannot be held to one" in draft.how
 
 
-@pytest.mark.parametrize(("tower", "precision"), [("image", "fp32"), ("text", "int8"), pytest.param("image", "int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tower", "precision"), [pytest.param("image", "fp32", marks=pytest.mark.slow), ("text", "int8"), pytest.param("image", "int8", marks=pytest.mark.slow)])
 def test_second_conversion_gives_the_same_bytes(tower, precision, samples, tmp_path):
     """On a tower of a few layers, as a conversion takes seconds."""
     files = []

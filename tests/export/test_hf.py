@@ -122,6 +122,7 @@ def test_only_the_files_that_are_there_are_asked_for(made, pocket, pocket_checkp
     assert config["logit_scale_init_value"] == pytest.approx(math.log(50))
 
 
+@pytest.mark.slow
 def test_second_conversion_gives_the_same_bytes(made, pocket, pocket_checkpoint, samples, tmp_path):
     convert(pocket, pocket_checkpoint, samples, tmp_path)
     for name in FILES:

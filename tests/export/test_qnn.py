@@ -78,6 +78,7 @@ def test_file_is_plain_onnx_of_batch_1(made):
     assert sorted(path.name for path in (made[1] / "qnn").iterdir()) == ["image.a16w8.onnx", "image.int8.onnx", "text.a16w8.onnx", "text.int8.onnx"]
 
 
+@pytest.mark.slow
 def test_second_conversion_gives_the_same_bytes(made, pocket, samples, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(to_qnn, "HTP_ARCHS", ("75",))
     folded, _ = reparameterize(pocket)
