@@ -35,7 +35,6 @@ TARGETS = {
     "hf": "export.to_hf",
 }
 """Target to the module that converts to it."""
-LEAST_TO_JUDGE = 4
 
 
 def converter(target: str) -> Any:
@@ -130,9 +129,7 @@ class Maker:
     def _parity(self, draft: Draft) -> Parity | None:
         if draft.run is None:
             return None
-        inputs = self.samples.inputs(draft.tower)
-        rows = inputs if draft.most_rows is None else inputs[: max(LEAST_TO_JUDGE, draft.most_rows)]
-        return measure(draft.tower, draft.run(rows), self.reference)
+        return measure(draft.tower, draft.run(self.samples.inputs(draft.tower)[: draft.most_rows]), self.reference)
 
     def _times(self, tower: Tower, drafts: list[Draft]) -> dict[str, np.ndarray]:
         row = self.samples.inputs(tower)[:1]

@@ -55,6 +55,13 @@ class Job:
         """The tower with its L2 norm as a module; options as of `towers.Encoder`."""
         return encoder_of(self.model, self.tower, **options)
 
+    @functools.cached_property
+    def onnx_int8(self) -> onnx.ModelProto:
+        """The graph of `onnx` as of `quantize_tower`. Not to be changed in place."""
+        from export.quantize import quantize_tower
+
+        return quantize_tower(self.onnx, self.rows)
+
     def half_encoder(self) -> Encoder:
         """The tower in float16 between explicit casts, batch norms folded before anything is rounded, layer norms and the L2 norm in float32."""
         tower = self.encoder().tower

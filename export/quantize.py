@@ -110,7 +110,7 @@ def _convolutions(path: Path) -> list[str]:
     return [node.name for node in onnx.load(path).graph.node if node.op_type == "Conv"]
 
 
-class _Reader:
+class RowReader:
     """Feeds calibration rows one at a time (ONNX Runtime's CalibrationDataReader, by duck type)."""
 
     def __init__(self, name: str, rows: np.ndarray) -> None:
@@ -155,7 +155,7 @@ def quantize_static(model: onnx.ModelProto, calibration: np.ndarray, *, float_co
             quantise(
                 prepared,
                 target,
-                _Reader(model.graph.input[0].name, calibration),
+                RowReader(model.graph.input[0].name, calibration),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm", "Clip", "Relu"],
                 nodes_to_exclude=_convolutions(prepared)[:float_convolutions],

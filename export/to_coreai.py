@@ -11,11 +11,8 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,12 +22,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+from export.converters import first_line, load, origin, require_packages, silent
 from export.draft import Draft, Job
-from export.to_litert import first_line, load, origin, silent
 from export.to_onnx import plain_attention, quiet
 from export.verify import FLOATS
-from runtime.errors import MissingExtraError, ParityError
-from runtime.files import write_whole
+from runtime.errors import ParityError
+from runtime.files import whole_folder, write_whole
 
 PRECISIONS = ("fp32", "fp16", "palette6", "palette4", "int8")
 EXTRA = "coreai"
@@ -43,9 +40,7 @@ PURPOSE = "exporting to Core AI"
 
 def require() -> None:
     """Raises MissingExtraError where the converter, the runtime or the compressor is not installed."""
-    for module, package in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(package, EXTRA, PURPOSE)
+    require_packages(PACKAGES, EXTRA, PURPOSE)
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
@@ -75,12 +70,12 @@ def convert(job: Job, *, half: bool) -> Any:
     """One tower as a `coreai.authoring.AIProgram`: pixels (1, 3, H, W) float32 or tokens (1, T) int32 to (1, D) float32, unit norm.
 
     Args:
-        half: compute in float16, layer norms and the L2 norm in float32.
+        half: as of `Job.half_encoder`.
 
     Raises:
         ParityError: Core AI lacks an operation; the message names it and, where that is known, the module that it comes from.
     """
-    encoder = job.encoder(half=half)
+    encoder = job.half_encoder() if half else job.encoder()
     row = torch.from_numpy(np.ascontiguousarray(job.rows[:1]))
     with plain_attention(), quiet("torch.export"), silent(), torch.no_grad():
         coreai_torch = load("coreai_torch", EXTRA, PURPOSE)
@@ -151,20 +146,13 @@ def palette(nbits: int, weight: np.ndarray, *_: Any, **__: Any) -> tuple[np.ndar
 
 def save(program: Any, path: Path) -> Path:
     """Write a program as an asset of reproducible bytes, under a temporary name first. The program's resources are renamed in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.aimodel")
-    try:
+    with whole_folder(path, ".aimodel") as temporary:
         with quiet("coreai"), silent():
             _name_resources(program)
             program.save_asset(temporary)
         metadata = json.loads((temporary / "metadata.json").read_text(encoding="utf-8"))
         metadata.pop("creationDate", None)
         write_whole(temporary / "metadata.json", (json.dumps(metadata, indent=2, sort_keys=True) + "\n").encode())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

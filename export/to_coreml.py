@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from export.converters import place
 from export.draft import Draft, Job
 from export.mil_interpreter import MilProgram, import_coremltools
 from export.to_onnx import HALF_MAX, plain_attention, quiet
 from export.verify import FLOATS
 from runtime.errors import ParityError
+from runtime.files import whole_folder
 
 PRECISIONS = ("fp32", "fp16", "palette8", "palette6", "palette4", "int8", "sparse")
 EXTRA = "coreml"
@@ -82,24 +83,13 @@ def convert(job: Job, *, half: bool = True) -> Any:
                 skip_model_load=True,
             )
         except NotImplementedError as error:
-            raise ParityError(f"coremltools does not translate an operation of the {job.tower} tower ({error}); {_where(program, str(error))}") from error
+            raise ParityError(f"coremltools does not translate an operation of the {job.tower} tower ({error}); {place(program, str(error))}") from error
         specification = converted.get_spec()
         given = specification.description.input[0].name
         if given != encoder.input_name:
             ct.utils.rename_feature(specification, given, encoder.input_name, rename_outputs=False)
         specification.description.metadata.ClearField("userDefined")  # holds the conversion date
         return ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
-
-
-def _where(program: Any, message: str) -> str:
-    """Which module the operation came from, where the exported program remembers."""
-    for node in program.graph_module.graph.nodes:
-        name = str(node.target).split(".")
-        if node.op == "call_function" and len(name) > 1 and name[1] in message:
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            if stack:
-                return f"it comes from the module '{stack[-1][0].removeprefix('L[self].')}'"
-    return "which module it comes from is not known"
 
 
 def compress(model: Any, precision: str) -> Any:
@@ -130,19 +120,12 @@ def save(model: Any, path: str | os.PathLike[str], *, half: bool = True) -> Path
         ParityError: half, and a constant lies outside float16's range.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.mlpackage")
-    try:
+    with whole_folder(path, ".mlpackage") as temporary:
         with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):
             model.save(str(temporary))
         make_reproducible(temporary)
         if half:
             check_constants(MilProgram.open(temporary), path.name)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

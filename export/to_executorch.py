@@ -11,10 +11,7 @@ import contextlib
 import copy
 import importlib
 import importlib.metadata
-import importlib.util
-import io
 import os
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.converters import require_packages, silent
 from export.draft import Draft, Job
 from export.to_onnx import plain_attention, quiet
-from export.towers import fold_norms
+from export.towers import after_norm, fold_norms, replace, scale_and_shift
 from runtime.errors import BundleError, MissingExtraError, ParityError
 from runtime.files import write_whole
 
@@ -92,29 +90,14 @@ def _export(module: nn.Module, row: Tensor) -> Any:
 
 @contextlib.contextmanager
 def _nothing_said() -> Iterator[None]:
-    """Silence Python's and the C++ runtime's own lines, which go past sys.stderr to the descriptor."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        with quiet("torch", "torch.export", "torch.utils._pytree", "torchao", "executorch", "root"):
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    """`silent`, and the loggers of what ExecuTorch is made of."""
+    with quiet("torch", "torch.export", "torch.utils._pytree", "torchao", "executorch", "root"), silent():
+        yield
 
 
 def require() -> None:
     """Raises MissingExtraError where executorch or its quantiser torchao is not installed."""
-    for name in ("executorch", "torchao"):
-        try:
-            absent = importlib.util.find_spec(name) is None
-        except ValueError:  # a module put into sys.modules by hand, None included, has no spec
-            absent = sys.modules.get(name) is None
-        if absent:
-            raise MissingExtraError(name, EXTRA, "exporting to ExecuTorch")
+    require_packages({name: name for name in ("executorch", "torchao")}, EXTRA, "exporting to ExecuTorch")
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
@@ -181,7 +164,7 @@ def quantize(module: nn.Module, rows: np.ndarray) -> nn.Module:
     module = without_norms(module, rows)
     for name, table in list(module.named_modules()):
         if isinstance(table, nn.Embedding) and table.num_embeddings >= LEAST_ROWS:
-            _replace(module, name, Table(table.weight.detach()))
+            replace(module, name, Table(table.weight.detach()))
     graph = _export(module, torch.from_numpy(np.ascontiguousarray(rows[:1]))).module()
     convolutions = [node.name for node in graph.graph.nodes if node.target == torch.ops.aten.conv2d.default]
     floats = set(convolutions[:FLOAT_CONVOLUTIONS])
@@ -197,13 +180,10 @@ def quantize(module: nn.Module, rows: np.ndarray) -> nn.Module:
 
 def pointwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
     """What a batch norm computes at inference, as a convolution of one weight a channel: int8 holds those exactly."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = (norm.weight if norm.affine else torch.ones_like(norm.running_var)).detach() / torch.sqrt(norm.running_var + norm.eps)
+    factor, shift = scale_and_shift(norm)
     made = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features)
-    made.weight.data = factor[:, None, None, None]
     assert made.bias is not None
-    made.bias.data = (norm.bias.detach() if norm.affine else 0.0) - norm.running_mean * factor
+    made.weight.data, made.bias.data = factor[:, None, None, None].float(), shift.float()
     return made
 
 
@@ -217,14 +197,8 @@ def without_norms(module: nn.Module, rows: np.ndarray) -> nn.Module:
         module.tower = fold_norms(module.tower, torch.from_numpy(rows[:2]))
     for name, norm in list(module.named_modules()):
         if isinstance(norm, nn.BatchNorm2d):
-            rest = [one for one in (getattr(norm, "drop", None), getattr(norm, "act", None)) if one is not None]  # timm's norm with activation
-            _replace(module, name, nn.Sequential(pointwise(norm), *rest))
+            replace(module, name, nn.Sequential(pointwise(norm), *after_norm(norm)))
     return module
-
-
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, new)
 
 
 def _left_out(program: Any) -> Counter[str]:

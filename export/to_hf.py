@@ -45,11 +45,9 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
     """`hf/onnx/vision_model.onnx` or `text_model.onnx` of the job's tower, dynamic batch, and its int8 form."""
     import onnxruntime
 
-    from export.quantize import quantize_tower
-
     for precision in precisions:
         path = f"hf/onnx/{STEMS[job.tower]}{_SUFFIXES[precision]}.onnx"
-        graph = renamed(job.onnx if precision == "fp32" else quantize_tower(job.onnx, job.rows), job.tower)
+        graph = renamed(job.onnx if precision == "fp32" else job.onnx_int8, job.tower)
         if job.tower == "text":
             text = job.model.config.text
             take_ids(graph, pad_id=text.pad_id, end_id=text.vocab_size - 1 if text.tokenizer == "clip" else None)

@@ -6,23 +6,19 @@ The signature `serving_default` takes "image" (1, 3, H, W) float32 or "tokens" (
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.metadata
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.converters import first_line, load, origin, require_packages, silent
 from export.draft import Draft, Job
 from export.to_onnx import plain_attention, quiet
 from export.towers import Encoder
-from runtime.errors import MissingExtraError, ParityError
+from runtime.errors import ParityError
 from runtime.files import write_whole
 
 PRECISIONS = ("fp32", "int8")
@@ -33,9 +29,7 @@ SIGNATURE = "serving_default"
 
 def require() -> None:
     """Raises MissingExtraError where the converter, the quantiser or the runtime is not installed."""
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package.replace("_", "-"), EXTRA, "exporting to LiteRT")
+    require_packages({package: package.replace("_", "-") for package in PACKAGES}, EXTRA, "exporting to LiteRT")
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
@@ -122,44 +116,3 @@ class _Image(nn.Module):
 class _Text(_Image):
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         return {self.encoder.output_name: self.encoder(tokens)}
-
-
-def load(module: str, extra: str, purpose: str) -> Any:
-    """Import a module of an optional package; MissingExtraError where that fails."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(module.split(".")[0].replace("_", "-"), extra, purpose) from error
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Nothing on the process's stdout and stderr: native libraries write there past Python's logging and sys.stdout."""
-    with open(os.devnull, "w") as nowhere:
-        kept = [os.dup(1), os.dup(2)]
-        try:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
-        finally:
-            for number, descriptor in zip((1, 2), kept, strict=True):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the pages of graph that compilers print after it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def origin(encoder: Encoder, row: Tensor, message: str) -> str:
-    """Which module an operation named in `message` belongs to, as half a sentence."""
-    from export.to_coreml import _where
-
-    try:
-        return _where(torch.export.export(encoder, (row,)).run_decompositions({}), message)
-    except Exception:  # the export itself may be what failed; then torch's message says why
-        return "which module it comes from is not known"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import warnings
@@ -18,9 +17,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from export.converters import require_packages
 from export.draft import Draft, Job
 from export.towers import Encoder
-from runtime.errors import MissingExtraError, ParityError
+from runtime.errors import ParityError
 from runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -232,8 +232,7 @@ class OnnxEncoder:
 
 def require() -> None:
     """Raises MissingExtraError where the exporter is not installed."""
-    if importlib.util.find_spec("onnxscript") is None:
-        raise MissingExtraError("onnxscript", EXTRA, "exporting to ONNX")
+    require_packages({"onnxscript": "onnxscript"}, EXTRA, "exporting to ONNX")
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
@@ -241,16 +240,13 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
 
     fp16 halves the file. It is made for accelerators: ONNX Runtime's CPU has few half-precision kernels and casts between the rest.
     """
-    from export.quantize import quantize_tower
-
-    graphs: dict[str, onnx.ModelProto] = {}
     for precision in precisions:
         if precision == "fp16":
             yield _draft(job, job.onnx_half, "fp16", "dynamic")
             continue
-        graphs[precision] = job.onnx if precision == "fp32" else quantize_tower(job.onnx, job.rows)
-        yield _draft(job, graphs[precision], precision, "dynamic")
-        yield _draft(job, with_batch_1(graphs[precision], fold=precision == "fp32"), precision, "1")
+        graph = job.onnx if precision == "fp32" else job.onnx_int8
+        yield _draft(job, graph, precision, "dynamic")
+        yield _draft(job, with_batch_1(graph, fold=precision == "fp32"), precision, "1")
 
 
 def _draft(job: Job, model: onnx.ModelProto, precision: str, batch: Batch) -> Draft:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import math
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,9 +21,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from export.converters import require_packages
 from export.draft import Draft, Job
 from export.to_onnx import quiet, serialize
 from runtime.errors import BundleError, MissingExtraError, ParityError
+from runtime.files import whole_folder
 
 PRECISIONS = ("fp32", "fp16", "int8")
 EXTRA = "openvino"
@@ -68,16 +68,7 @@ def import_openvino(purpose: str, *, quantiser: bool = False) -> Any:
 
 def require() -> None:
     """Raises MissingExtraError where openvino or its quantiser nncf is not installed."""
-    for name in ("openvino", "nncf"):
-        if _absent(name):
-            raise MissingExtraError(name, EXTRA, "exporting to OpenVINO")
-
-
-def _absent(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is None
-    except ValueError:  # a module put into sys.modules by hand, None included, has no spec
-        return sys.modules.get(name) is None
+    require_packages({name: name for name in ("openvino", "nncf")}, EXTRA, "exporting to OpenVINO")
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
@@ -209,16 +200,9 @@ def save(model: Any, folder: str | os.PathLike[str], *, half: bool = False) -> P
     """
     ov = import_openvino("exporting to OpenVINO")
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    temporary.mkdir(parents=True)
-    try:
-        with _nothing_said():
-            ov.save_model(model, temporary / "model.xml", compress_to_fp16=half)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(folder) as temporary, _nothing_said():
+        temporary.mkdir()
+        ov.save_model(model, temporary / "model.xml", compress_to_fp16=half)
     return folder
 
 

@@ -12,11 +12,8 @@ into the file, which ONNX Runtime's own quantiser writes.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import math
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,10 +24,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.converters import require_packages, silent
 from export.draft import Draft, Job
-from export.quantize import _Reader
+from export.quantize import RowReader
 from export.to_onnx import operation_counts, quiet, serialize, strip, with_batch_1, write_onnx
-from runtime.errors import MissingExtraError, ParityError
+from runtime.errors import ParityError
 
 PRECISIONS = ("int8", "a16w8")
 EXTRA = "qnn"
@@ -45,8 +43,7 @@ _QUANTISERS = {"QuantizeLinear", "DequantizeLinear"}
 
 def require() -> None:
     """Raises MissingExtraError where the QNN provider is not installed."""
-    if importlib.util.find_spec("onnxruntime_qnn") is None:
-        raise MissingExtraError("onnxruntime-qnn", EXTRA, "exporting for Snapdragon NPUs")
+    require_packages({"onnxruntime_qnn": "onnxruntime-qnn"}, EXTRA, "exporting for Snapdragon NPUs")
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
@@ -104,7 +101,7 @@ def quantize_npu(model: onnx.ModelProto, calibration: np.ndarray, precision: str
     with tempfile.TemporaryDirectory() as folder, quiet("root"):
         config = get_qnn_qdq_config(
             prepared,
-            _Reader(model.graph.input[0].name, calibration),
+            RowReader(model.graph.input[0].name, calibration),
             activation_type=QuantType.QUInt8 if precision == "int8" else QuantType.QUInt16,
             weight_type=QuantType.QInt8,
             per_channel=True,
@@ -215,7 +212,7 @@ class NpuEncoder:
         self.emulated, reason = False, ""
         if emulate:
             try:
-                with _silenced():
+                with silent():
                     self.session = _npu_session(path, {"session.record_ep_graph_assignment_info": "1"}, {})
                 self.emulated = _device().device.type == ort.OrtHardwareDeviceType.CPU
                 self.facts = _assignment(self.session)
@@ -247,7 +244,7 @@ def compile_contexts(path: str | os.PathLike[str], archs: Sequence[str] | None =
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "context.onnx"
             try:
-                with _silenced():
+                with silent():
                     _npu_session(path, {"ep.context_enable": "1", "ep.context_file_path": str(target), "ep.context_embed_mode": "1"}, {"htp_arch": arch})
                 contexts = operation_counts(onnx.load(target))["EPContext"]
             except Exception as error:  # noqa: BLE001
@@ -300,21 +297,3 @@ def _assignment(session: Any) -> dict[str, Any]:
         "npu_operations": sum(count for name, count in counts[True].items() if name not in _QUANTISERS),
         "cpu_operations": dict(sorted(counts[False].items())),
     }
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Send the process's own stdout and stderr away for a while: Qualcomm's libraries write to them directly."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        yield
-    finally:
-        for number, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nowhere)

@@ -77,8 +77,7 @@ def _halved(tower: nn.Module) -> nn.Module:
     copied = copy.deepcopy(tower).half()
     for name, module in list(copied.named_modules()):
         if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
-            parent, _, leaf = name.rpartition(".")
-            setattr(copied.get_submodule(parent), leaf, _SinglePrecisionNorm(module))
+            replace(copied, name, _SinglePrecisionNorm(module))
     return copied
 
 
@@ -122,9 +121,7 @@ def fold_norms(tower: nn.Module, example: Tensor) -> nn.Module:
         norm = folded.get_submodule(name)
         assert isinstance(norm, nn.BatchNorm2d)
         _fold(conv, norm)
-        parent, _, leaf = name.rpartition(".")
-        rest = [module for module in (getattr(norm, "drop", None), getattr(norm, "act", None)) if module is not None]  # timm's norm with activation
-        setattr(folded.get_submodule(parent), leaf, nn.Sequential(*rest))
+        replace(folded, name, nn.Sequential(*after_norm(norm)))
     difference = float((folded(example) - expected).abs().max())
     if not difference <= 1e-3 * float(expected.abs().max()):
         raise ParityError(f"folding the batch norms changed the tower's output by {difference:g} of {float(expected.abs().max()):g}; export in fp32 and report the backbone")
@@ -133,13 +130,29 @@ def fold_norms(tower: nn.Module, example: Tensor) -> nn.Module:
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """In place, in float64."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = (norm.weight.double() if norm.weight is not None else 1.0) / torch.sqrt(norm.running_var.double() + norm.eps)
-    shift = (conv.bias.double() if conv.bias is not None else 0.0) - norm.running_mean.double()
-    bias = shift * factor + (norm.bias.double() if norm.bias is not None else 0.0)
+    factor, shift = scale_and_shift(norm)
+    bias = shift if conv.bias is None else shift + conv.bias.double() * factor
     conv.weight.data = (conv.weight.double() * factor[:, None, None, None]).to(conv.weight.dtype)
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a batch norm does to each channel at inference: times a factor (C,), plus a shift (C,), float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = (norm.weight.detach().double() if norm.affine else 1.0) / torch.sqrt(norm.running_var.double() + norm.eps)
+    return factor, (norm.bias.detach().double() if norm.affine else 0.0) - norm.running_mean.double() * factor
+
+
+def after_norm(norm: nn.BatchNorm2d) -> list[nn.Module]:
+    """What timm's norms with an activation run after the norm itself."""
+    return [module for module in (getattr(norm, "drop", None), getattr(norm, "act", None)) if module is not None]
+
+
+def replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Put another module in the place of the submodule of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, new)
 
 
 def image_encoder(model: Any, **options: bool) -> Encoder:

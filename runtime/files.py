@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,25 @@ def write_whole(path: str | os.PathLike[str], data: bytes, *, part: Path | None 
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[Path]:
+    """A folder to be: what is written under the name given (a hidden one beside `path`) takes the place of `path` when the block ends well, and goes otherwise.
+
+    Args:
+        suffix: of the name given, for writers that look at it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
+    try:
+        yield part
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> Path:

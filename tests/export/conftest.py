@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,32 @@ def rows_of(tower: Tower, rows: np.ndarray) -> Samples:
     """Samples that have one tower's inputs alone."""
     nothing = np.zeros((len(rows), 0), np.float32)
     return Samples(keys=(), captions=(), **({"pixels": rows, "tokens": nothing} if tower == "image" else {"pixels": nothing, "tokens": rows}))
+
+
+class Odd(nn.Module):
+    """A tower whose submodule `odd` runs one operation, for those that no converter knows."""
+
+    class Operation(nn.Module):
+        def __init__(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            super().__init__()
+            self.operation = operation
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.operation(x)
+
+    def __init__(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.odd = Odd.Operation(operation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(x)
+
+
+def qr_model() -> nn.Module:
+    """Its image tower is an `Odd` of linalg_qr."""
+    model = nn.Module()
+    model.image = Odd(lambda x: torch.linalg.qr(x.flatten(2))[1].flatten(1))
+    return model
 
 
 def teacher_like() -> ImageTextModel:

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 pytest.importorskip("coreai")
 pytest.importorskip("coreai_torch")
 pytest.importorskip("coreai_opt")
 
 from export import to_coreai  # noqa: E402
+from export.converters import silent  # noqa: E402
 from export.draft import Draft, Job  # noqa: E402
 from export.to_onnx import quiet  # noqa: E402
 from export.towers import TOWERS  # noqa: E402
 from export.verify import measure  # noqa: E402
 from mobileclip.reparameterize import reparameterize  # noqa: E402
 from runtime.errors import MissingExtraError, ParityError  # noqa: E402
+from tests.export.conftest import qr_model  # noqa: E402
 
 ROWS = 4
 LIMITS = {"fp32": 0.99999, "fp16": 0.9995}
@@ -85,7 +85,7 @@ def test_products_taken_in_float32_change_only_the_rounding(made, samples, folde
     from coreai.authoring import AIModelAsset
 
     path, row = folder / made["text-coreai-fp16"].path, samples.tokens[:1]
-    with quiet("coreai"), to_coreai.silent():
+    with quiet("coreai"), silent():
         plain = asyncio.run(to_coreai._run(AIModelAsset.load(path), row))
     widened = to_coreai.evaluate(path, row)
     assert (plain * widened).sum() > 0.9999
@@ -131,23 +131,8 @@ def test_palette_of_few_values_is_exact():
 
 
 def test_operation_that_core_ai_lacks_is_named(samples, tmp_path):
-    class Triangle(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.qr(x.flatten(2))[1].flatten(1)
-
-    class Tower(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.triangle = Triangle()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.triangle(x)
-
-    class Model(nn.Module):
-        image = Tower()
-
-    job = Job(model=Model(), tower="image", calibration=samples, folder=tmp_path)
-    with pytest.raises(ParityError, match="linalg_qr.*module 'tower.triangle'"):
+    job = Job(model=qr_model(), tower="image", calibration=samples, folder=tmp_path)
+    with pytest.raises(ParityError, match="linalg_qr.*module 'tower.odd'"):
         list(to_coreai.drafts(job, ["fp32"]))
     assert list(tmp_path.iterdir()) == []
 

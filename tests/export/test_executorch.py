@@ -21,6 +21,7 @@ from export.towers import encoder_of  # noqa: E402
 from export.verify import measure  # noqa: E402
 from mobileclip.reparameterize import reparameterize  # noqa: E402
 from runtime.errors import BundleError, MissingExtraError, ParityError  # noqa: E402
+from tests.export.conftest import Odd  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -155,20 +156,9 @@ def test_own_attention_norm_and_table_equal_torchs():
 
 
 def test_operation_without_a_translation_is_named_with_its_module(samples, tmp_path):
-    class Odd(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.lstsq(x[:, 0, :8, :8], x[:, 0, :8, 8:9]).solution[..., 0]
-
-    class Tower(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.odd = Odd()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.odd(x)
-
+    tower = Odd(lambda x: torch.linalg.lstsq(x[:, 0, :8, :8], x[:, 0, :8, 8:9]).solution[..., 0])
     with pytest.raises(ParityError, match=r"linalg_lstsq.*comes from the module 'tower\.odd'"):
-        list(drafts(tiny_job("image", samples, tmp_path, Tower().eval()), ["fp32"]))
+        list(drafts(tiny_job("image", samples, tmp_path, tower.eval()), ["fp32"]))
     assert not list(tmp_path.rglob("*.pte"))
 
 

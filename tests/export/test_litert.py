@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 pytest.importorskip("litert_torch")
 pytest.importorskip("ai_edge_litert")
@@ -21,6 +19,7 @@ from export.towers import TOWERS, embed, text_encoder  # noqa: E402
 from export.verify import measure  # noqa: E402
 from mobileclip.reparameterize import reparameterize  # noqa: E402
 from runtime.errors import MissingExtraError, ParityError  # noqa: E402
+from tests.export.conftest import qr_model  # noqa: E402
 
 ROWS = 16
 
@@ -91,23 +90,8 @@ def test_second_conversion_gives_the_same_bytes_and_tells_nothing_of_the_machine
 
 
 def test_operation_that_litert_lacks_is_named(samples, tmp_path):
-    class Spectrum(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.qr(x.flatten(2))[1].flatten(1)
-
-    class Tower(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.spectrum = Spectrum()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.spectrum(x)
-
-    class Model(nn.Module):
-        image = Tower()
-
-    job = Job(model=Model(), tower="image", calibration=samples, folder=tmp_path)
-    with pytest.raises(ParityError, match="linalg_qr.*module 'tower.spectrum'"):
+    job = Job(model=qr_model(), tower="image", calibration=samples, folder=tmp_path)
+    with pytest.raises(ParityError, match="linalg_qr.*module 'tower.odd'"):
         list(to_litert.drafts(job, ["fp32"]))
     assert list(tmp_path.rglob("*.tflite")) == []
 
