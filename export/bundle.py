@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from PIL import Image
 
 from distill.progress import stamped_lines
 from export.artefacts import Maker, converter, parse_targets
+from export.golden import write_golden_inputs
 from export.latency_gate import processor
 from export.to_hf import write_hf_files
-from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples, text_encoder
+from export.towers import TOWERS, choose_rows, read_samples
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
 from mobileclip.config import ModelConfig
@@ -35,8 +35,7 @@ from mobileclip.reparameterize import reparameterize
 from runtime.errors import BundleError, CheckpointError, RecipeError
 from runtime.manifest import ImageSpec, Manifest, TextSpec, write_manifest
 from runtime.pairs import Pairs, open_pairs
-from runtime.preprocess import PreprocessConfig, preprocess
-from runtime.selfcheck import write_golden
+from runtime.preprocess import PreprocessConfig
 
 _PACKAGES = (
     "torch", "timm", "onnx", "onnxscript", "onnxruntime", "coremltools", "tensorrt-rtx-cu13", "openvino", "nncf", "litert-torch", "ai-edge-litert",
@@ -134,7 +133,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
         if (work / "hf").is_dir():
             write_hf_files(work / "hf", model.config, pixels, work / "tokenizer.json", logit_scale=float(model.logit_scale.detach().exp()))
-        facts = _write_golden(work, model, pairs, golden, pixels, tokenizer)
+        facts = write_golden_inputs(work, model, pairs, golden, pixels, tokenizer)
         manifest = Manifest(
             name=config.name or model.config.name,
             embed_dim=model.config.embed_dim,
@@ -186,30 +185,6 @@ def _check_place(place: Path) -> None:
     """Never replace a folder that is no bundle."""
     if place.exists() and not (place / "manifest.json").is_file() and (not place.is_dir() or any(place.iterdir())):
         raise BundleError(f"'{place.name}' exists and is not a bundle; give another place or remove it")
-
-
-def _write_golden(work: Path, model: Any, pairs: Pairs, rows: np.ndarray, config: PreprocessConfig, tokenizer: Any) -> dict[str, Any]:
-    samples, _ = read_samples(pairs, rows, config, tokenizer)
-    order = {key: i for i, key in enumerate(pairs.keys)}
-    pictures = [_at_most(pairs.image(order[key]), 2 * config.image_size) for key in samples.keys]
-    pixels = preprocess(pictures, config)
-    return write_golden(
-        work,
-        images=pictures,
-        texts=samples.captions,
-        pixels=pixels,
-        tokens=samples.tokens,
-        image_embedding=embed(image_encoder(model), pixels),
-        text_embedding=embed(text_encoder(model), samples.tokens),
-    )
-
-
-def _at_most(picture: Image.Image, short_side: int) -> Image.Image:
-    """The picture, shrunk when it is much larger than the model's input: golden files are for numbers, not for looking at."""
-    shortest = min(picture.size)
-    if shortest <= short_side:
-        return picture
-    return picture.resize(tuple(max(1, round(side * short_side / shortest)) for side in picture.size), Image.Resampling.BICUBIC)
 
 
 def _image_spec(config: PreprocessConfig) -> ImageSpec:

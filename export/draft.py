@@ -79,9 +79,11 @@ class Job:
     @functools.cached_property
     def onnx_half(self) -> onnx.ModelProto:
         """The graph of `half_encoder`, dynamic batch. Not to be changed in place."""
-        from export.to_onnx import export_onnx
+        from export.to_onnx import check_squares, export_onnx
 
-        return export_onnx(self.half_encoder(), self.rows)
+        model = export_onnx(self.half_encoder(), self.rows)
+        check_squares(model)
+        return model
 
 
 @dataclass(kw_only=True)

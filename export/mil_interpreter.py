@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,15 @@ class MilProgram:
         """How often each operation occurs; constants (plain and compressed) are left out."""
         kinds = (operation.op_type for operation in self._function.operations)
         return Counter(kind for kind in kinds if kind != "const" and not kind.startswith("constexpr_"))
+
+    def weights(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        """(name, form, values) of every float constant of two or more dimensions; form: "const" where it is stored as it is, else the operation
+        that expands it ("constexpr_lut_to_dense" …)."""
+        for operation in self._function.operations:
+            kind, name = operation.op_type, operation.outputs[0].name
+            value = self._constants.get(name) if kind == "const" or kind.startswith("constexpr_") else None
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+                yield name, kind, value.numpy()
 
     def constants(self) -> dict[str, np.ndarray]:
         """Every constant tensor by name, decompressed, in its stored type."""

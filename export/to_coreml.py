@@ -61,7 +61,11 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
             tower=job.tower, target="coreml", precision=precision, path=path, run=functools.partial(evaluate, program),
             how="MIL interpreter on the CPU, results rounded to the program's types; not run on an Apple device",
             most_rows=FLOAT_ROWS if precision in FLOATS else LOSSY_ROWS,
-            facts={"deployment_target": f"iOS{job.convert.get('ios', IOS)}", "operations": sum(program.operation_counts().values())},
+            facts={
+                "deployment_target": f"iOS{job.convert.get('ios', IOS)}",
+                "operations": sum(program.operation_counts().values()),
+                **({} if precision in FLOATS else {"weights": check_compressed(program, precision, path)}),
+            },
         )  # fmt: skip
 
 
@@ -187,6 +191,33 @@ def check_constants(program: MilProgram, name: str) -> None:
             raise ParityError(
                 f"{name}: the constant {constant} holds {np.abs(array).max():g}, beyond float16's {HALF_MAX:g}; use a finite mask such as -1e4 in the model"
             )
+
+
+def check_compressed(program: MilProgram, precision: str, name: str) -> dict[str, float]:
+    """What became of the weights, read back from disk.
+
+    Returns:
+        {"compressed": share of the weights that are stored in fewer bits, "zeros": share of those that are zero}
+
+    Raises:
+        ParityError: a tenth of the weights or more is stored as it was, or a sparse tensor is not half zeros. A compressor that left large tensors
+            alone gives a package of good parity, which nobody would ask why it is so large (numpy 2.3's percentile overflowed on float16 that way).
+    """
+    total = compressed = zeros = 0
+    for tensor, form, values in program.weights():
+        if values.size < LEAST_WEIGHTS:
+            continue
+        total += values.size
+        if form == "const":
+            continue
+        compressed += values.size
+        empty = int((values == 0).sum())
+        zeros += empty
+        if precision == "sparse" and empty < 0.45 * values.size:
+            raise ParityError(f"{name}: {empty / values.size:.0%} of the weight {tensor} are zero, expected half; coremltools did not prune it, so the package is not sparse")
+    if total and compressed < 0.9 * total:
+        raise ParityError(f"{name}: {compressed / total:.0%} of the weights are stored in {precision}, expected at least 90 %; coremltools left the rest as they were")
+    return {"compressed": round(compressed / max(total, 1), 4), "zeros": round(zeros / max(compressed, 1), 4)}
 
 
 def evaluate(program: MilProgram, inputs: np.ndarray) -> np.ndarray:

@@ -188,6 +188,17 @@ def check_constants(model: onnx.ModelProto) -> None:
             )
 
 
+def check_squares(model: onnx.ModelProto) -> None:
+    """Raise ParityError where float16 values are squared: above 256 they overflow. ONNX Runtime's CPU computes such chains in float32 and would not show it."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    types = {item.name: item.data_type for item in inferred.graph.initializer}
+    types |= {info.name: info.type.tensor_type.elem_type for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)}
+    for node in inferred.graph.node:
+        squares = node.op_type in ("Pow", "ReduceL2", "ReduceSumSquare") or (node.op_type == "Mul" and node.input[0] == node.input[1])
+        if squares and types.get(node.input[0]) == onnx.TensorProto.FLOAT16:
+            raise ParityError(f"the operation {node.name} ({node.op_type}) squares float16 values, which overflow above 256; compute this norm in float32 (nn.LayerNorm is)")
+
+
 def serialize(model: onnx.ModelProto) -> bytes:
     """The same bytes for the same model."""
     return model.SerializeToString(deterministic=True)

@@ -41,6 +41,8 @@ class Parity:
     recall1_high: float
     logit_drift: float
     """Mean absolute change of a logit (logit_scale times cosine) over all texts and pictures."""
+    norm_error: float
+    """Largest distance of an embedding's L2 norm from 1: cosines do not see it, dot products do."""
     n: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,20 +51,21 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """The least figures that count as proven; None: not asked."""
+    """The least figures (of `norm_error` the most) that count as proven; None: not asked."""
 
     cosine_min: float | None = None
     centred_p1: float | None = None
     rank_agreement: float | None = None
     recall1_change: float | None = None
+    norm_error: float = 1e-2
 
 
 FLOATS = ("fp32", "fp16", "bf16")
 """Precisions that are to compute the same; all others cost accuracy by design and are judged by what retrieval loses."""
 
 THRESHOLDS: dict[str, Thresholds] = {
-    "fp32": Thresholds(cosine_min=0.99999, rank_agreement=0.98, recall1_change=-0.02),
-    "fp16": Thresholds(cosine_min=0.9995, rank_agreement=0.9, recall1_change=-0.02),
+    "fp32": Thresholds(cosine_min=0.99999, rank_agreement=0.98, recall1_change=-0.02, norm_error=1e-4),
+    "fp16": Thresholds(cosine_min=0.9995, rank_agreement=0.9, recall1_change=-0.02, norm_error=2e-3),
     "bf16": Thresholds(cosine_min=0.995, rank_agreement=0.9, recall1_change=-0.02),
     "lossy": Thresholds(centred_p1=0.98, recall1_change=-0.005),
 }
@@ -135,7 +138,7 @@ def at_chance(reference: Reference) -> str | None:
     luck = np.random.default_rng(0).binomial(n, 1 / n, 20_000)
     if hits > np.quantile(luck, 0.999):
         return None
-    return f"not proven: untrained. The checkpoint's own recall@1 is {hits} of {n}, which is chance, so what this precision loses cannot be seen"
+    return f"untrained. The checkpoint's own recall@1 is {hits} of {n}, which is chance, so what this precision loses cannot be seen"
 
 
 def measure(tower: Tower, embeddings: np.ndarray, reference: Reference) -> Parity:
@@ -151,7 +154,7 @@ def measure(tower: Tower, embeddings: np.ndarray, reference: Reference) -> Parit
     if not np.isfinite(embeddings).all():
         worst = dict.fromkeys(("cosine_min", "cosine_p1", "cosine_mean", "centred_p1", "centred_mean", "recall1_change", "recall1_low", "recall1_high"), -1.0)
         most = float(np.finfo(np.float32).max)
-        return Parity(**worst, max_abs=most, rank_agreement=0.0, logit_drift=most, n=n)
+        return Parity(**worst, max_abs=most, rank_agreement=0.0, logit_drift=most, norm_error=most, n=n)
     a, b = embeddings.astype(np.float64), expected.astype(np.float64)
     cosines, centred = _cosines(a, b), centred_cosines(a, b)
     new_text, new_image = (text, embeddings) if tower == "image" else (embeddings, image)
@@ -171,6 +174,7 @@ def measure(tower: Tower, embeddings: np.ndarray, reference: Reference) -> Parit
         recall1_low=float(low),
         recall1_high=float(high),
         logit_drift=float(np.abs(after - before).mean() * reference.logit_scale),
+        norm_error=float(np.abs(np.linalg.norm(a, axis=1) - 1).max()),
         n=n,
     )
 
@@ -197,7 +201,9 @@ def failure(artefact: str, parity: Parity, precision: str, table: Mapping[str, T
     limits = thresholds_of(precision, table)
     for field in dataclasses.fields(limits):
         found, least = getattr(parity, field.name), getattr(limits, field.name)
-        if least is not None and not found >= least - ROUNDING:
+        if field.name == "norm_error" and not found <= least:
+            return f"artefact {artefact}: the norm of an embedding differs from 1 by {found:.6g}, more than {least:g}, the most for {precision} (over {parity.n} samples)"
+        if field.name != "norm_error" and least is not None and not found >= least - ROUNDING:
             return f"artefact {artefact}: {field.name} {found:.6f} is below {least:g}, the least for {precision} (over {parity.n} samples)"
     return None
 

@@ -160,7 +160,7 @@ def open_artefact(folder: Path, manifest: Manifest, artefact: Artefact, threads:
     spec = manifest.image if artefact.tower == "image" else manifest.text
     if artefact.target not in BACKENDS or artefact.path is None:
         raise BundleError(f"artefact '{artefact.id}' cannot run here: target {artefact.target}, {artefact.status}; this SDK runs {', '.join(BACKENDS)}")
-    return BACKENDS[artefact.target](folder / artefact.path, threads, spec.input, spec.output)
+    return BACKENDS[artefact.target](folder / artefact.path, threads, spec.input, spec.output, half=artefact.precision == "fp16")
 
 
 def run_batches(tower: Tower, artefact: Artefact, inputs: np.ndarray, embed_dim: int, most: int = 32) -> np.ndarray:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PIXEL_TOLERANCE = 1e-6
+LOGIT_TOLERANCE = 1e-3  # of the largest logit
 VECTORS = "golden/golden.safetensors"
 INDEX = "golden/golden.json"
 
@@ -39,6 +40,8 @@ class Golden:
         texts: N texts; text n belongs to picture n.
         pixels: float32 (N, 3, H, W). tokens: int32 (N, T).
         image_embedding, text_embedding: float32 (N, D), unit norm.
+        logits: float32 (N, N), picture by text: the score before the softmax or sigmoid. None in bundles of before it was stored.
+        hard_texts: texts that readers of their own tend to get wrong; hard_tokens: int32 (M, T). Empty in bundles of before they were stored.
     """
 
     images: list[bytes]
@@ -47,6 +50,9 @@ class Golden:
     tokens: np.ndarray
     image_embedding: np.ndarray
     text_embedding: np.ndarray
+    hard_texts: list[str]
+    hard_tokens: np.ndarray
+    logits: np.ndarray | None = None
 
 
 def write_golden(
@@ -58,13 +64,16 @@ def write_golden(
     tokens: np.ndarray,
     image_embedding: np.ndarray,
     text_embedding: np.ndarray,
+    logits: np.ndarray | None = None,
+    hard_texts: Sequence[str] = (),
+    hard_tokens: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write `golden/` into a bundle that is being made; call it before `write_manifest`.
 
     Args:
         folder: the bundle.
         images: N RGB pictures, stored losslessly as golden/00.png … (their `preprocess` must be `pixels`).
-        texts, pixels, tokens, image_embedding, text_embedding: as in `Golden`.
+        texts, pixels, tokens, image_embedding, text_embedding, logits, hard_texts, hard_tokens: as in `Golden`.
 
     Returns:
         The manifest's `golden` entry.
@@ -77,12 +86,17 @@ def write_golden(
     for name, image in zip(names, images, strict=True):
         image.convert("RGB").save(folder / name)
     arrays = {"pixels": pixels, "tokens": tokens, "image_embedding": image_embedding, "text_embedding": text_embedding}
+    if logits is not None:
+        arrays["logits"] = logits
     if {len(value) for value in arrays.values()} != {len(images)} or len(texts) != len(images):
         counts = {name: len(value) for name, value in arrays.items()}
         raise BundleError(f"golden inputs differ in number: {len(images)} pictures, {len(texts)} texts, {counts}")
-    typed = {name: np.ascontiguousarray(value, np.int32 if name == "tokens" else np.float32) for name, value in arrays.items()}
+    if hard_tokens is not None:
+        arrays["hard_tokens"] = hard_tokens
+    typed = {name: np.ascontiguousarray(value, np.int32 if name.endswith("tokens") else np.float32) for name, value in arrays.items()}
     (folder / VECTORS).write_bytes(save(typed))
-    (folder / INDEX).write_text(json.dumps({"images": names, "texts": list(texts)}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    index = {"images": names, "texts": list(texts), "hard_texts": list(hard_texts)}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"n": len(images), "index": INDEX, "vectors": VECTORS}
 
 
@@ -98,27 +112,30 @@ def read_golden(folder: str | os.PathLike[str], manifest: Manifest) -> Golden:
     try:
         index = json.loads(read_file(folder, manifest, INDEX))
         arrays = load(read_file(folder, manifest, VECTORS))
-        names, texts = [str(name) for name in index["images"]], [str(text) for text in index["texts"]]
+        names, texts, hard = ([str(item) for item in items] for items in (index["images"], index["texts"], index.get("hard_texts", [])))
+        arrays.setdefault("hard_tokens", np.zeros((0, manifest.text.context_length), np.int32))
         n, size = len(names), manifest.image.image_size
         shapes = {
             "pixels": (n, 3, size, size),
             "tokens": (n, manifest.text.context_length),
             "image_embedding": (n, manifest.embed_dim),
             "text_embedding": (n, manifest.embed_dim),
+            "hard_tokens": (len(hard), manifest.text.context_length),
+            **({"logits": (n, n)} if "logits" in arrays else {}),
         }
         found = {name: arrays[name].shape for name in shapes}
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BundleError(f"the golden inputs of {folder} cannot be read ({type(error).__name__}: {error}); export the bundle again") from error
     if found != shapes or len(texts) != n or not n:
         raise BundleError(f"the golden inputs of {folder} have shapes {found} and {len(texts)} texts; the manifest asks for {shapes}")
-    return Golden(images=[read_file(folder, manifest, name) for name in names], texts=texts, **{name: arrays[name] for name in shapes})
+    return Golden(images=[read_file(folder, manifest, name) for name in names], texts=texts, hard_texts=hard, **{name: arrays[name] for name in shapes})
 
 
 def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefacts: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the golden inputs through preprocessing, tokenizer and artefacts, and compare with the checkpoint.
 
-    Preprocessing must give the golden pixels (within 1e-6), the tokenizer the golden tokens exactly, and each ONNX
-    artefact embeddings whose least cosine reaches its threshold. Artefacts of targets that do not run here are judged by
+    Preprocessing must give the golden pixels (within 1e-6), the tokenizer the golden tokens exactly, the manifest's logit scale and bias
+    the golden logits, and each ONNX artefact embeddings whose least cosine reaches its threshold. Artefacts of targets that do not run here are judged by
     the figure that their export recorded ("recorded"); those that are not proven are listed with their status.
 
     Args:
@@ -127,7 +144,7 @@ def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefa
         artefacts: ids to check; None = all.
 
     Returns:
-        {"ok", "name", "n", "preprocess": {"ok", "max_abs"}, "tokenizer": {"ok", "rows_different"},
+        {"ok", "name", "n", "preprocess": {"ok", "max_abs"}, "tokenizer": {"ok", "rows_different"}, "logits": {"ok", "max_abs", "expected", "found"} or None,
         "artefacts": [{"id", "ok", "how": "run"|"recorded"|"refused"|"unproven"|"failed", "cosine_min", "threshold", "reason", …}]}
 
     Raises:
@@ -139,18 +156,34 @@ def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefa
     pixels = preprocess(golden.images, manifest.image.preprocess_config())
     text = manifest.text
     data = read_file(folder, manifest, "tokenizer.json")
-    tokens = Tokenizer.from_bytes(data, folder / "tokenizer.json", text.context_length, text.cleaning, text.pad_id)(golden.texts)
+    tokens = Tokenizer.from_bytes(data, folder / "tokenizer.json", text.context_length, text.cleaning, text.pad_id)([*golden.texts, *golden.hard_texts])
     difference = float(np.abs(pixels - golden.pixels).max())
-    different = int((tokens != golden.tokens).any(axis=1).sum())
+    different = int((tokens != np.concatenate([golden.tokens, golden.hard_tokens])).any(axis=1).sum())
     report: dict[str, Any] = {
         "name": manifest.name,
         "n": len(golden.texts),
         "preprocess": {"ok": difference <= PIXEL_TOLERANCE, "max_abs": difference, "tolerance": PIXEL_TOLERANCE},
         "tokenizer": {"ok": different == 0, "rows_different": different},
+        "logits": _check_logits(manifest, golden),
         "artefacts": [_check(folder, manifest, artefact, golden, threads) for artefact in manifest.artefacts if artefacts is None or artefact.id in artefacts],
     }
-    report["ok"] = report["preprocess"]["ok"] and report["tokenizer"]["ok"] and all(entry["ok"] for entry in report["artefacts"])
+    report["ok"] = report["preprocess"]["ok"] and report["tokenizer"]["ok"] and (report["logits"] or {"ok": True})["ok"] and all(entry["ok"] for entry in report["artefacts"])
     return report
+
+
+def _check_logits(manifest: Manifest, golden: Golden) -> dict[str, Any] | None:
+    """The manifest's scale and bias on the golden embeddings against the checkpoint's own logits."""
+    if golden.logits is None:
+        return None
+    found = golden.image_embedding.astype(np.float64) @ golden.text_embedding.T * manifest.logit_scale + (manifest.logit_bias or 0.0)
+    difference = np.abs(found - golden.logits)
+    place = np.unravel_index(difference.argmax(), difference.shape)
+    return {
+        "ok": bool(difference.max() <= LOGIT_TOLERANCE * max(1.0, float(np.abs(golden.logits).max()))),
+        "max_abs": float(difference.max()),
+        "expected": float(golden.logits[place]),
+        "found": float(found[place]),
+    }
 
 
 def _check(folder: Path, manifest: Manifest, artefact: Artefact, golden: Golden, threads: int | None) -> dict[str, Any]:
@@ -160,6 +193,8 @@ def _check(folder: Path, manifest: Manifest, artefact: Artefact, golden: Golden,
         "target": artefact.target,
         "precision": artefact.precision,
         "batch": artefact.batch,
+        "bytes": artefact.bytes,
+        "parity": artefact.parity,
         "threshold": artefact.cosine_threshold,
         "reason": artefact.reason,
     }

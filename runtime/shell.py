@@ -161,6 +161,7 @@ def verify(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     from runtime.manifest import read_manifest
+    from runtime.parity_table import lines
     from runtime.selfcheck import selfcheck
 
     manifest = read_manifest(args.bundle, verify=True)
@@ -169,24 +170,11 @@ def verify(argv: list[str]) -> int:
         _write_json(report)
         return 0 if report["ok"] else 1
     _write(f"{manifest.name}: {len(manifest.files)} files match their hashes; {report['n']} golden inputs")
-    _write(f"{_mark(report['preprocess'])}  preprocessing  largest difference {report['preprocess']['max_abs']:.2g}")
-    _write(f"{_mark(report['tokenizer'])}  tokenizer      {report['tokenizer']['rows_different']} rows different")
-    width = max((len(entry["id"]) for entry in report["artefacts"]), default=0)
-    for entry in report["artefacts"]:
-        if entry["how"] not in ("run", "recorded"):
-            _write(f"--    {entry['id']:<{width}}  {entry['how']} at export: {entry['reason']}")
-            continue
-        cosine = "none" if entry["cosine_min"] is None else f"{entry['cosine_min']:.6f}"
-        how = "run here" if entry["how"] == "run" else "recorded at export, does not run here"
-        why = "" if entry["ok"] else f": {entry['reason']}"
-        _write(f"{_mark(entry)}  {entry['id']:<{width}}  min cosine {cosine} (threshold {entry['threshold']:g}), {how}{why}")
+    for line in lines(report):
+        _write(line)
     if not report["ok"]:
         sys.stderr.write(f"error: {args.bundle} does not pass: see the lines marked FAIL\n")
     return 0 if report["ok"] else 1
-
-
-def _mark(entry: dict[str, Any]) -> str:
-    return "ok  " if entry["ok"] else "FAIL"
 
 
 def inspect(argv: list[str], look: Callable[[str, float | None], dict[str, Any]] | None = None) -> int:

@@ -27,7 +27,7 @@ REFERENCE = Reference(image=unit(RNG.standard_normal((20, 16))), text=unit(RNG.s
 
 def figures(**changes: float) -> Parity:
     best = {"cosine_min": 1.0, "cosine_p1": 1.0, "cosine_mean": 1.0, "centred_p1": 1.0, "centred_mean": 1.0, "max_abs": 0.0, "rank_agreement": 1.0}
-    return Parity(**{**best, "recall1_change": 0.0, "recall1_low": 0.0, "recall1_high": 0.0, "logit_drift": 0.0, "n": 7, **changes})  # type: ignore[arg-type]
+    return Parity(**{**best, "recall1_change": 0.0, "recall1_low": 0.0, "recall1_high": 0.0, "logit_drift": 0.0, "norm_error": 0.0, "n": 7, **changes})  # type: ignore[arg-type]
 
 
 def test_equal_embeddings_have_perfect_figures():
@@ -92,6 +92,13 @@ def test_interval_of_the_change_is_paired():
     other = measure("text", half.image[[1, 0, 3, 2, 5, 4, 7, 6, 9, 8, *range(10, 20)]], half)
     assert other.recall1_change == 0
     assert other.recall1_low < -0.2 < 0.2 < other.recall1_high
+
+
+def test_embeddings_of_another_length_fail_although_their_cosines_are_right():
+    parity = measure("text", 1.05 * REFERENCE.text, REFERENCE)
+    assert parity.cosine_min == pytest.approx(1, abs=1e-6)
+    for precision in THRESHOLDS:
+        assert "differs from 1 by 0.05" in (failure("a", parity, precision) or "")
 
 
 def test_logit_drift_is_in_logits():
