@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import MissingExtraError, SampleError
+from runtime.files import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,7 @@ def cache_folder(cache: Path | None = None) -> Path:
     """Where the tarballs lie: the argument, else ``$MOBILECLIP_CACHE/sample``, else ``~/.cache/mobileclip-edge/sample``."""
     if cache is not None:
         return cache
-    root = os.environ.get("MOBILECLIP_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "mobileclip-edge") / "sample"
+    return cache_root() / "sample"
 
 
 def missing(cache: Path | None = None) -> list[Package]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ClipError, MissingExtraError, PairsError, StoreError
+from runtime.files import cache_root
 from runtime.pairs import Pairs, index_shards, open_pairs, shard_paths
 
 if TYPE_CHECKING:
@@ -182,12 +183,6 @@ def upload(path: Path, url: str) -> None:
 
 
 # ---------------------------------------------------------------- the cache
-
-
-def cache_root() -> Path:
-    """`$MOBILECLIP_CACHE`, else `~/.cache/mobileclip-edge`."""
-    root = os.environ.get("MOBILECLIP_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "mobileclip-edge"
 
 
 def cache_limit() -> int:

@@ -26,12 +26,15 @@ from distill.progress import stamped_lines
 from export.artefacts import Maker, converter, parse_targets
 from export.golden import write_golden_inputs
 from export.latency_gate import processor
+from export.licences import require_commercial, third_party, works
+from export.model_card import model_card, read_evaluation
 from export.to_hf import write_hf_files
 from export.towers import TOWERS, choose_rows, read_samples
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
 from mobileclip.config import ModelConfig
 from mobileclip.reparameterize import reparameterize
+from runtime.bundle_zip import is_zip, pack
 from runtime.errors import BundleError, CheckpointError, RecipeError
 from runtime.manifest import ImageSpec, Manifest, TextSpec, write_manifest
 from runtime.pairs import Pairs, open_pairs
@@ -50,7 +53,7 @@ class ExportConfig:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Checkpoint folder."""
     bundle: Annotated[Path, tyro.conf.Positional]
-    """Bundle folder to make; a bundle that stands there is replaced when the new one is complete."""
+    """Bundle folder to make, or one file of the same content when the name ends in .zip."""
     pairs: Annotated[Path, tyro.conf.arg(aliases=["--calibrate"])]
     """Pairs folder: golden pictures, calibration and comparison come from it. Not the test split."""
     target: str = "onnx"
@@ -77,8 +80,19 @@ class ExportConfig:
     """Leave the files of artefacts that do not pass, marked as failed; no reader picks them."""
     name: str | None = None
     """Name of the bundle; the model's when left out."""
+    force: bool = False
+    """Replace a bundle that stands there, when the new one is complete."""
     licence: tuple[str, ...] = ()
-    """Further licence lines beside the checkpoint's own."""
+    """What is known of licences, "WHAT: LICENCE": weights, teachers, training data, tokenizer, golden (the pictures that travel with the bundle), or anything
+    else."""
+    commercial: bool = False
+    """Refuse to make a bundle with a part that may not be sold, or whose licence is not known."""
+    intended_use: str | None = None
+    """What the model is meant for: a sentence for MODELCARD.md."""
+    known_failure: tuple[str, ...] = ()
+    """What it is known to do badly: sentences for MODELCARD.md."""
+    evaluation: tuple[Path, ...] = ()
+    """Files that mclip eval --json wrote: their figures by slice go into MODELCARD.md."""
     languages: tuple[str, ...] = ("en",)
     """BCP-47 tags of the captions that the model was trained on."""
     json: bool = False
@@ -92,18 +106,22 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         RecipeError: a target or precision that does not exist, or two that do not fit.
         CheckpointError, PairsError: an input is missing or damaged.
         ParityError: a float artefact does not compute what the checkpoint computes, or the comparison would be empty.
-        BundleError: the place of the bundle is taken by something else.
+        BundleError: the place of the bundle is taken, by something else or without `force`.
     """
     targets = parse_targets(config.target, config.precision)
     _check_numbers(config)
     for target in targets:
         converter(target).require()
     place = Path(os.path.abspath(config.bundle))
-    _check_place(place)
+    _check_place(place, config.force)
+    evaluations = {path.stem: read_evaluation(path) for path in config.evaluation}
     receipt = verify_receipt(config.checkpoint) if config.checkpoint.is_dir() else None
     if receipt is None:
         raise CheckpointError(f"there is no checkpoint at '{config.checkpoint}'; expected a folder written by mclip train or mclip compress")
     model = load_checkpoint(config.checkpoint, verify=False)
+    parties = works(receipt, model.config, config.pairs, config.licence)
+    if config.commercial:
+        require_commercial(parties)
     tokenizer = open_tokenizer(config.checkpoint, model.config)
     pixels = preprocess_config(model.config)
     pairs = open_pairs(config.pairs)
@@ -145,7 +163,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
             languages=config.languages,
             artefacts=tuple(artefacts),
             golden=facts,
-            licences=(model.config.licence, *model.config.sources, *config.licence),
+            licences=tuple({"what": party.what, "name": party.name, "licence": party.licence, "standing": party.standing} for party in parties),
             provenance={
                 "checkpoint_sha256": receipt["files"]["model.safetensors"]["sha256"],
                 "parameters": sum(p.numel() for p in folded.parameters()),
@@ -156,10 +174,14 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
                 "cpu": processor(),
             },
         )
+        (work / "THIRD_PARTY.md").write_text(third_party(parties), encoding="utf-8")
+        card = model_card(manifest, receipt, parties, evaluations, config.intended_use, config.known_failure)
+        (work / "MODELCARD.md").write_text(card, encoding="utf-8")
         manifest = write_manifest(work, manifest)
-        _move(work, place)
+        _move(pack(work) if place.suffix == ".zip" else work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        work.with_name(work.name + ".zip").unlink(missing_ok=True)
     return manifest
 
 
@@ -181,10 +203,14 @@ def _check_numbers(config: ExportConfig) -> None:
             raise RecipeError(f"--{name} is {getattr(config, name)}, expected at least {least}")
 
 
-def _check_place(place: Path) -> None:
-    """Never replace a folder that is no bundle."""
-    if place.exists() and not (place / "manifest.json").is_file() and (not place.is_dir() or any(place.iterdir())):
+def _check_place(place: Path, force: bool) -> None:
+    """Never replace a folder or file that is no bundle, and a bundle only where that was asked for."""
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not (place / "manifest.json").is_file() and not (place.is_file() and is_zip(place)):
         raise BundleError(f"'{place.name}' exists and is not a bundle; give another place or remove it")
+    if not force:
+        raise BundleError(f"the bundle '{place.name}' exists; give another place, or --force to replace it when the new one is complete")
 
 
 def _image_spec(config: PreprocessConfig) -> ImageSpec:
@@ -220,7 +246,7 @@ def _recover(place: Path) -> None:
     old = _old(place)
     if old.exists() and not place.exists():
         os.replace(old, place)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _move(work: Path, place: Path) -> None:
@@ -229,7 +255,14 @@ def _move(work: Path, place: Path) -> None:
     if place.exists():
         os.replace(place, old)
     os.replace(work, place)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def main(argv: list[str]) -> int:

@@ -46,14 +46,19 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str
     `mclip inspect` and `mclip verify`. A tower's session opens at its first use.
 
     Args:
-        bundle: the folder.
+        bundle: the folder, or the bundle in one .zip file, which is unpacked once into the cache.
         threads: threads of one run; None = every processor that this process may use.
         prefer: a precision ("fp32") or an artefact's id, for both towers or as {"image": …, "text": …}.
 
     Raises:
         BundleError: damaged, or nothing in it that is proven and runs here.
     """
-    return Clip(Path(bundle), threads=threads, prefer=prefer)
+    folder = Path(bundle)
+    if folder.is_file():
+        from runtime.bundle_zip import folder_of  # zipfile takes its time to import
+
+        folder = folder_of(folder)
+    return Clip(folder, threads=threads, prefer=prefer)
 
 
 class Clip:

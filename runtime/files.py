@@ -46,6 +46,12 @@ def whole_folder(path: str | os.PathLike[str], suffix: str = ".part") -> Iterato
         shutil.rmtree(part, ignore_errors=True)
 
 
+def cache_root() -> Path:
+    """Where what can be fetched or unpacked again is kept: `$MOBILECLIP_CACHE`, else `~/.cache/mobileclip-edge`."""
+    root = os.environ.get("MOBILECLIP_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "mobileclip-edge"
+
+
 def write_json(path: str | os.PathLike[str], data: Any) -> Path:
     """`write_whole` for a value that JSON can hold."""
     return write_whole(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())

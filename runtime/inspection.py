@@ -31,7 +31,11 @@ def inspect_path(path: str | os.PathLike[str], sample: float | None = None) -> d
     if path.is_file():
         if path.suffix == ".jsonl":
             return _results(path)
-        raise ClipError(f"{path} is a file of no known kind; expected a results file (*.jsonl) or a folder: pairs, sample, store, checkpoint or bundle")
+        if path.suffix == ".zip":
+            from runtime.bundle_zip import folder_of
+
+            return {**bundle_facts(folder_of(path)), "path": str(path)}
+        raise ClipError(f"{path} is a file of no known kind; expected a results file (*.jsonl), a bundle (*.zip) or a folder: pairs, sample, store, checkpoint or bundle")
     if not path.is_dir():
         raise ClipError(f"{path} does not exist; give a pairs folder, sample, store, checkpoint, bundle or results file")
     for marks, look in _KINDS:

@@ -29,7 +29,7 @@ MASKS = ("causal", "pad", "none")
 COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.9}
 # An artefact that changes recall@1 by less than this (when it was measured) is good enough to be picked for its speed.
 RECALL1_CHANGE_MIN = -0.02
-_MAX_BYTES = 16 * 1024 * 1024
+MOST_BYTES = 16 * 1024 * 1024
 _PARITY = ("cosine_min", "cosine_p1", "cosine_mean", "max_abs", "rank_agreement", "recall1_change", "n")
 
 
@@ -159,13 +159,13 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> Manife
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}; it is no manifest")
+        if path.stat().st_size > MOST_BYTES:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {MOST_BYTES}; it is no manifest")
         raw = path.read_bytes()
     except OSError as error:
         what = "there is no such folder" if not folder.is_dir() else f"it has no readable {MANIFEST} ({error.strerror})"
         raise BundleError(f"{folder} is not a bundle: {what}; make one with 'mclip export'") from error
-    manifest = _parse(raw, path)
+    manifest = parse_manifest(raw, path)
     if verify:
         verify_files(folder, manifest)
     return manifest
@@ -192,13 +192,16 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
         raise BundleError(f"the manifest of {folder} cannot be written as JSON ({error}); give plain finite values") from error
     zeros = b'"manifest_sha256": "' + b"0" * 64 + b'"'
     raw = raw.replace(zeros, zeros.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode()))
-    written = _parse(raw, folder / MANIFEST)
+    written = parse_manifest(raw, folder / MANIFEST)
     # The part stands outside the bundle: left over by a kill, it would be a stranger there.
     write_whole(folder / MANIFEST, raw, part=folder.parent / f".{folder.name}.{os.getpid()}.manifest.part")
     return written
 
 
-def _parse(raw: bytes, path: Path) -> Manifest:
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """The manifest of these bytes, checked against its own hash; `path` is what messages call it. Raises BundleError."""
+    if len(raw) > MOST_BYTES:
+        raise BundleError(f"{path} has more than {MOST_BYTES} bytes; it is no manifest")
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -160,12 +160,14 @@ def verify(argv: list[str]) -> int:
     parser.add_argument("--threads", type=_positive, metavar="N")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    from runtime.bundle_zip import folder_of
     from runtime.manifest import read_manifest
     from runtime.parity_table import lines
     from runtime.selfcheck import selfcheck
 
-    manifest = read_manifest(args.bundle, verify=True)
-    report = {"bundle": args.bundle, "files_verified": len(manifest.files), **selfcheck(args.bundle, threads=args.threads)}
+    folder = folder_of(Path(args.bundle))
+    manifest = read_manifest(folder, verify=True)
+    report = {"bundle": args.bundle, "files_verified": len(manifest.files), **selfcheck(folder, threads=args.threads)}
     if args.json:
         _write_json(report)
         return 0 if report["ok"] else 1

@@ -190,7 +190,7 @@ def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: 
     stages.run(
         f"export-{bundle.name}",
         [["mobileclip.cli", "export", str(checkpoint), str(bundle), "--pairs", str(place.validation), "--target", targets, "--precision",
-          "fp32" if targets == "onnx" else "fp32,fp16,int8", "--samples", samples, "--seed", str(config.seed)]],
+          "fp32" if targets == "onnx" else "fp32,fp16,int8", "--samples", samples, "--seed", str(config.seed), "--force"]],
         inputs=[checkpoint / "receipt.json"], outputs=[bundle / "manifest.json"],
     )  # fmt: skip
 

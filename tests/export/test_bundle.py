@@ -23,6 +23,7 @@ import runtime
 from export.artefacts import TARGETS, parse_targets
 from export.bundle import ExportConfig, export_bundle, main
 from export.latency_gate import Ratio
+from runtime.bundle_zip import folder_of
 from runtime.encoder import unfit
 from runtime.errors import BundleError, CheckpointError, PairsError, ParityError, RecipeError
 from runtime.files import file_sha256
@@ -38,7 +39,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def settings(pocket_checkpoint, pairs_folder, tmp_path) -> ExportConfig:
-    return ExportConfig(checkpoint=pocket_checkpoint, bundle=tmp_path / "bundle", pairs=pairs_folder, samples=12, calibration=8, golden=2)
+    return ExportConfig(checkpoint=pocket_checkpoint, bundle=tmp_path / "bundle", pairs=pairs_folder, samples=12, calibration=8, golden=2, force=True)
 
 
 def bent(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -61,7 +62,7 @@ def test_manifest_says_what_is_there(pocket_bundle, pocket):
     assert manifest.text.context_length == pocket.config.text.context_length
     assert manifest.text.mask == pocket.config.text.mask
     assert manifest.logit_scale == pytest.approx(float(pocket.logit_scale.detach().exp()))
-    assert pocket.config.licence in manifest.licences
+    assert pocket.config.licence in [entry["licence"] for entry in manifest.licences]
     ids = {artefact.id for artefact in manifest.artefacts}
     for tower in ("image", "text"):
         assert {f"{tower}-onnx-fp32", f"{tower}-onnx-fp32-static", f"{tower}-onnx-fp16", f"{tower}-onnx-int8", f"{tower}-onnx-int8-static"} <= ids
@@ -207,6 +208,34 @@ def test_a_folder_that_is_no_bundle_is_left_alone(settings):
     assert (settings.bundle / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_bundle_that_exists_is_replaced_only_by_force(settings, quick):
+    careful = dataclasses.replace(settings, force=False)
+    export_bundle(careful)
+    before = snapshot(settings.bundle)
+    with pytest.raises(BundleError, match="the bundle 'bundle' exists; give another place, or --force"):
+        export_bundle(dataclasses.replace(careful, seed=1))
+    assert snapshot(settings.bundle) == before
+    export_bundle(dataclasses.replace(settings, name="other"))
+    assert read_manifest(settings.bundle).name == "other"
+
+
+def test_one_file_holds_the_same_bundle(settings, quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOBILECLIP_CACHE", str(tmp_path / "cache"))
+    export_bundle(settings)
+    one = dataclasses.replace(settings, bundle=tmp_path / "bundle.zip", force=False)
+    export_bundle(one)
+    assert snapshot(folder_of(one.bundle)) == snapshot(settings.bundle)
+    first = one.bundle.read_bytes()
+    with pytest.raises(BundleError, match="--force"):
+        export_bundle(one)
+    export_bundle(dataclasses.replace(one, force=True))
+    assert one.bundle.read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    one.bundle.write_bytes(b"thesis")
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
+        export_bundle(dataclasses.replace(one, force=True))
+
+
 def test_damaged_precision_file(settings, pocket_checkpoint, tmp_path):
     copy = tmp_path / "checkpoint"
     shutil.copytree(pocket_checkpoint, copy)
@@ -304,7 +333,7 @@ def test_kill_during_export_keeps_the_old_bundle_and_a_rerun_replaces_it(setting
     export_bundle(settings)
     before = snapshot(settings.bundle)
     command = [sys.executable, "-c", "import sys; from export.bundle import main; sys.exit(main(sys.argv[1:]))", str(settings.checkpoint), str(settings.bundle)]
-    child = subprocess.Popen([*command, "--pairs", str(settings.pairs), "--samples", "12"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([*command, "--pairs", str(settings.pairs), "--samples", "12", "--force"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work = settings.bundle.parent / f".{settings.bundle.name}.partial"
     deadline = time.monotonic() + 60
     while not work.is_dir() and child.poll() is None and time.monotonic() < deadline:
@@ -332,9 +361,9 @@ def test_move_that_was_killed_half_way_is_undone(settings, quick):
 
 def test_command_line(settings, quick, capsys):
     arguments = [str(settings.checkpoint), str(settings.bundle), "--pairs", str(settings.pairs), "--samples", "12", "--golden", "2", "--licence", "CC0-1.0", "--json"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--force"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["name"] == "pocket_s"
     assert output.out.count("\n") == 1
     assert "reparameterised" in output.err
-    assert "CC0-1.0" in read_manifest(settings.bundle).licences
+    assert "CC0-1.0" in [entry["licence"] for entry in read_manifest(settings.bundle).licences]
