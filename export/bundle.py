@@ -28,7 +28,6 @@ from export.golden import write_golden_inputs
 from export.latency_gate import processor
 from export.licences import require_commercial, third_party, works
 from export.model_card import model_card, read_evaluation
-from export.to_hf import write_hf_files
 from export.towers import TOWERS, choose_rows, read_samples
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
@@ -149,8 +148,6 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         )  # fmt: skip
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
         shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
-        if (work / "hf").is_dir():
-            write_hf_files(work / "hf", model.config, pixels, work / "tokenizer.json", logit_scale=float(model.logit_scale.detach().exp()))
         facts = write_golden_inputs(work, model, pairs, golden, pixels, tokenizer)
         manifest = Manifest(
             name=config.name or model.config.name,
@@ -174,6 +171,9 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
                 "cpu": processor(),
             },
         )
+        for target in targets:
+            if any(artefact.target == target and artefact.path for artefact in artefacts):
+                getattr(converter(target), "finish", _nothing)(work, manifest, model)
         (work / "THIRD_PARTY.md").write_text(third_party(parties), encoding="utf-8")
         card = model_card(manifest, receipt, parties, evaluations, config.intended_use, config.known_failure)
         (work / "MODELCARD.md").write_text(card, encoding="utf-8")
@@ -235,6 +235,10 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _nothing(work: Path, manifest: Manifest, model: Any) -> None:
+    """Of targets whose artefacts stand alone."""
 
 
 def _old(place: Path) -> Path:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file
 
 from export.towers import embed, image_encoder, read_samples, text_encoder
 from runtime.pairs import Pairs
 from runtime.preprocess import PreprocessConfig, preprocess
-from runtime.selfcheck import write_golden
+from runtime.selfcheck import VECTORS, write_golden
 
 HARD_TEXTS = (
     "", "!", "A Photo of a CAT", "  two   spaces\tand\na line ", "caf\u00e9 na\u00efve \u00c5ngstr\u00f6m", "cafe\u0301", "fish &amp; chips &lt;3",
@@ -54,3 +55,8 @@ def _at_most(picture: Image.Image, short_side: int) -> Image.Image:
     if shortest <= short_side:
         return picture
     return picture.resize(tuple(max(1, round(side * short_side / shortest)) for side in picture.size), Image.Resampling.BICUBIC)
+
+
+def read_arrays(bundle: Path) -> dict[str, np.ndarray]:
+    """The golden tensors of a bundle under construction, by name."""
+    return load_file(bundle / VECTORS)

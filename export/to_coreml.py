@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from export.to_onnx import HALF_MAX, plain_attention, quiet
 from export.verify import FLOATS
 from runtime.errors import ParityError
 from runtime.files import whole_folder
+from runtime.manifest import Manifest
 
 PRECISIONS = ("fp32", "fp16", "palette8", "palette6", "palette4", "int8", "sparse")
 EXTRA = "coreml"
@@ -67,6 +69,12 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
                 **({} if precision in FLOATS else {"weights": check_compressed(program, precision, path)}),
             },
         )  # fmt: skip
+
+
+def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
+    """Write what shows on a Mac that the packages compute there what they computed here: a script for coremltools and a Swift program."""
+    for name in ("selfcheck.py", "selfcheck.swift"):
+        shutil.copyfile(Path(__file__).parent / "kits" / f"coreml_{name}", bundle / "coreml" / name)
 
 
 def convert(job: Job, *, half: bool = True) -> Any:

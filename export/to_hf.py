@@ -31,6 +31,7 @@ from export.to_onnx import require as require  # the same exporter
 from export.towers import INPUT_NAMES, OUTPUT_NAMES
 from runtime.errors import CheckpointError
 from runtime.files import write_json, write_whole
+from runtime.manifest import Manifest
 
 PRECISIONS = ("fp32", "int8")
 EXTRA = "export"
@@ -120,6 +121,11 @@ def take_ids(model: onnx.ModelProto, *, pad_id: int, end_id: int | None) -> None
     entry.type.tensor_type.elem_type = TensorProto.INT64
     entry.type.tensor_type.shape.dim[1].dim_param = "sequence"
     onnx.checker.check_model(model)
+
+
+def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
+    """Write the files that both towers share."""
+    write_hf_files(bundle / "hf", model.config, manifest.image.preprocess_config(), bundle / "tokenizer.json", logit_scale=manifest.logit_scale)
 
 
 def write_hf_files(

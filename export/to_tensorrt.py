@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx
 
 import export.to_onnx
 from export.draft import Draft, Job
+from export.golden import read_arrays
 from export.quantize import quantize_static
 from export.to_onnx import STATIC_ROWS, OnnxEncoder, serialize, write_onnx
+from export.towers import TOWERS
 from runtime.errors import MissingExtraError, ParityError
+from runtime.files import write_json
+from runtime.manifest import COSINE_MIN, Manifest
 
 PRECISIONS = ("fp32", "fp16", "int8")
 EXTRA = "tensorrt"
@@ -62,6 +68,36 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
             tower=job.tower, target="tensorrt", precision=precision, path=path, run=run, batch="dynamic", facts=facts,
             how=f"ONNX Runtime on the CPU; {built}; no engine was run", most_rows=None if precision == "int8" else STATIC_ROWS,
         )  # fmt: skip
+
+
+def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
+    """Write the kit that builds and checks engines on the device: scripts for TensorRT 10 and 11, golden inputs as trtexec reads them, what to expect."""
+    folder, kits = bundle / "tensorrt", Path(__file__).parent / "kits"
+    golden = read_arrays(bundle)
+    specs = {"image": manifest.image, "text": manifest.text}
+    size, rows = manifest.image.image_size, min(MAX_BATCH, len(golden["pixels"]))
+    shapes = {"image": f"3x{size}x{size}", "text": str(manifest.text.context_length)}
+    made = [artefact for artefact in manifest.artefacts if artefact.target == "tensorrt" and artefact.path]
+    calls = [f"build {tower} {shlex.quote(specs[tower].input)} {shapes[tower]} {rows}" for tower in TOWERS if any(a.tower == tower for a in made)]
+    fill = {
+        "@PRECISIONS@": " ".join(dict.fromkeys(artefact.precision for artefact in made)),
+        "@MAX_BATCH@": str(MAX_BATCH),
+        "@CALLS@": "\n".join(calls),
+    }
+    for name, kit in (("build.sh", "tensorrt_build.sh"), ("check.py", "tensorrt_check.py"), ("README.md", "tensorrt_readme.md")):
+        text = (kits / kit).read_text(encoding="utf-8")
+        for mark, value in fill.items():
+            text = text.replace(mark, value)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "golden").mkdir()
+    (folder / "golden/image.bin").write_bytes(golden["pixels"][:rows].tobytes())
+    (folder / "golden/text.bin").write_bytes(golden["tokens"][:rows].tobytes())
+    expected = {
+        "outputs": {tower: specs[tower].output for tower in TOWERS},
+        "least": {name: COSINE_MIN[name] for name in ("fp32", "fp16")} | {"lossy": COSINE_MIN["int8"]},
+        "embeddings": {tower: golden[f"{tower}_embedding"][:rows].astype(float).round(8).tolist() for tower in TOWERS},
+    }
+    write_json(folder / "golden/expected.json", expected)
 
 
 def typed_onnx(job: Job, precision: str) -> onnx.ModelProto:
