@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 def write_whole(path: str | os.PathLike[str], data: bytes, *, part: Path | None = None) -> Path:
     """Write `data` to `part` (a hidden name beside `path`), flush it to the disk and rename it: the old file stays until the new one is complete."""
     path = Path(path)
-    part = part or path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part or path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         with part.open("wb") as file:
             file.write(data)
