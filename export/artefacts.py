@@ -25,6 +25,9 @@ from runtime.manifest import Artefact
 
 TARGETS = {
     "onnx": "export.to_onnx",
+    "onnx-pixels": "export.to_onnx_pixels",
+    "onnx-eot": "export.to_onnx_eot",
+    "ort": "export.to_ort",
     "coreml": "export.to_coreml",
     "coreai": "export.to_coreai",
     "tensorrt": "export.to_tensorrt",

@@ -24,6 +24,7 @@ import onnx
 import torch
 
 from export.towers import Encoder, Samples, Tower, encoder_of, fold_norms
+from runtime.preprocess import PreprocessConfig
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Inputs of any number of rows (N, …) to embeddings (N, embed_dim) float32, unit norm."""
@@ -51,6 +52,13 @@ class Job:
     def rows(self) -> np.ndarray:
         """(C, …) calibration inputs of this tower: pixels float32 (C, 3, H, W) or tokens int32 (C, T)."""
         return self.calibration.inputs(self.tower)
+
+    @property
+    def preprocessing(self) -> PreprocessConfig:
+        """How pictures become this model's pixels."""
+        from mobileclip.checkpoint import preprocess_config
+
+        return preprocess_config(self.model.config)
 
     def encoder(self, **options: bool) -> Encoder:
         """The tower with its L2 norm as a module; options as of `towers.Encoder`."""

@@ -21,7 +21,7 @@ from export.converters import require_packages
 from export.draft import Draft, Job
 from export.towers import Encoder
 from runtime.errors import ParityError
-from runtime.files import write_whole
+from runtime.files import whole_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 EXTRA = "export"
 OPSET = 20  # the first with Gelu; LayerNormalization came with 17
 HALF_MAX = 65504.0
+MOST_BYTES = 2**31 - 2**20  # protobuf's limit, less some room
+LARGE = "model.onnx"  # inside the folder of a graph above it
 STATIC_ROWS = 64  # the static variant differs from the other in one dimension of its shapes
 Batch = Literal["dynamic", "1"]
 
@@ -204,11 +206,23 @@ def serialize(model: onnx.ModelProto) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Path:
-    """Write under a temporary name, then rename."""
+def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> Path:
+    """Write under a temporary name, then rename.
+
+    Returns:
+        The file; for graphs above `most_bytes` (protobuf takes 2 GB) a folder of the same name without ".onnx", with `model.onnx` and its weights in
+        `model.onnx.data`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, serialize(model))
+    if model.ByteSize() <= most_bytes:
+        return write_whole(path, serialize(model))
+    with whole_folder(path.with_suffix("")) as part:
+        part.mkdir()
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        onnx.save(copied, part / LARGE, save_as_external_data=True, location=f"{LARGE}.data", size_threshold=1024)
+    return path.with_suffix("")
 
 
 class OnnxEncoder:
@@ -230,7 +244,7 @@ class OnnxEncoder:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not full:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        source = model if isinstance(model, bytes) else os.fspath(model)
+        source = model if isinstance(model, bytes) else os.fspath(Path(model) / LARGE if Path(model).is_dir() else model)
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         entry = self.session.get_inputs()[0]
         self.input_name = entry.name
@@ -266,8 +280,9 @@ def _draft(job: Job, model: onnx.ModelProto, precision: str, batch: Batch) -> Dr
     variant = "" if batch == "dynamic" else "static"
     path = f"onnx/{job.tower}.{precision}{'.static' if variant else ''}.onnx"
     half = precision == "fp16"
-    run = OnnxEncoder(write_onnx(model, job.folder / path), full=not half)
+    written = write_onnx(model, job.folder / path)
+    run = OnnxEncoder(written, full=not half)
     return Draft(
-        tower=job.tower, target="onnx", precision=precision, path=path, run=run, batch=batch, variant=variant, timed=not half,
+        tower=job.tower, target="onnx", precision=precision, path=written.relative_to(job.folder).as_posix(), run=run, batch=batch, variant=variant, timed=not half,
         how=f"onnxruntime {onnxruntime.__version__}", most_rows=None if batch == "dynamic" else STATIC_ROWS,
     )  # fmt: skip

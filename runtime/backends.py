@@ -35,7 +35,7 @@ class OnnxTower:
         if half:  # text towers of this precision do not load in ONNX Runtime 1.31 with its layout optimisations
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path / "model.onnx" if path.is_dir() else path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
             raise BundleError(f"{path} is not an ONNX graph that onnxruntime {onnxruntime.__version__} opens ({_first_line(error)})") from error
         inputs = [node.name for node in self._session.get_inputs()]
