@@ -29,6 +29,7 @@ TARGETS = {
     "onnx-eot": "export.to_onnx_eot",
     "ort": "export.to_ort",
     "coreml": "export.to_coreml",
+    "coreml-image": "export.to_coreml_image",
     "coreai": "export.to_coreai",
     "tensorrt": "export.to_tensorrt",
     "openvino": "export.to_openvino",

@@ -35,7 +35,7 @@ from mobileclip.config import ModelConfig
 from mobileclip.reparameterize import reparameterize
 from runtime.bundle_zip import is_zip, pack
 from runtime.errors import BundleError, CheckpointError, RecipeError
-from runtime.manifest import ImageSpec, Manifest, TextSpec, write_manifest
+from runtime.manifest import Artefact, ImageSpec, Manifest, TextSpec, write_manifest
 from runtime.pairs import Pairs, open_pairs
 from runtime.preprocess import PreprocessConfig
 
@@ -57,9 +57,10 @@ class ExportConfig:
     """Pairs folder: golden pictures, calibration and comparison come from it. Not the test split."""
     target: str = "onnx"
     """Comma-separated: onnx, coreml, coreai, tensorrt, openvino, litert, executorch, qnn, hf (transformers.js), or all. Each is an extra of the same name,
-    but for onnx and hf (export)."""
+    but for onnx and hf (export). Other forms: onnx-pixels (from a picture's bytes on), onnx-eot (text without ArgMax), ort (ONNX Runtime's own format),
+    coreml-image (takes a picture)."""
     precision: str = "fp32,fp16,int8"
-    """Comma-separated, fp32, fp16, int8, palette8, palette6, palette4, sparse, a16w8: each target is made in those of them that it knows, onnx always in fp32
+    """Comma-separated, fp32, fp16, mixed, int8, palette8, palette6, palette4, sparse, a16w8: each target is made in those of them that it knows, onnx always in fp32
     too."""
     samples: int = 256
     """Pairs that artefacts are compared on."""
@@ -75,6 +76,12 @@ class ExportConfig:
     """Precisions that cost accuracy: most recall@1 that may be lost."""
     ios: Literal[16, 17, 18] = 17
     """Core ML: the oldest iOS that the packages are for."""
+    text_layout: Literal["rows", "channels"] = "rows"
+    """Core ML: "channels" computes the text tower as (batch, width, 1, tokens) with 1x1 convolutions, the Neural Engine's favourite."""
+    features: bool = False
+    """Core ML: the image tower also gives its last feature map, before pooling."""
+    multifunction: bool = False
+    """Core ML: also both towers in one package of two functions, sharing what they can (iOS 18)."""
     keep_failed: bool = False
     """Leave the files of artefacts that do not pass, marked as failed; no reader picks them."""
     name: str | None = None
@@ -140,10 +147,11 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     _recover(place)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
+    settings = {name: getattr(config, name) for name in ("ios", "text_layout", "features", "multifunction")}
     try:
         maker = Maker(
             model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets,
-            allowed=read_precisions(config.checkpoint), say=say, keep_failed=config.keep_failed, convert={"ios": config.ios},
+            allowed=read_precisions(config.checkpoint), say=say, keep_failed=config.keep_failed, convert=settings,
             thresholds={**THRESHOLDS, "lossy": Thresholds(centred_p1=config.centred_p1, recall1_change=-config.recall_loss)},
         )  # fmt: skip
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
@@ -173,7 +181,8 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         )
         for target in targets:
             if any(artefact.target == target and artefact.path for artefact in artefacts):
-                getattr(converter(target), "finish", _nothing)(work, manifest, model)
+                more = getattr(converter(target), "finish", _nothing)(work, manifest, model, settings)
+                manifest = dataclasses.replace(manifest, artefacts=(*manifest.artefacts, *more))
         (work / "THIRD_PARTY.md").write_text(third_party(parties), encoding="utf-8")
         card = model_card(manifest, receipt, parties, evaluations, config.intended_use, config.known_failure)
         (work / "MODELCARD.md").write_text(card, encoding="utf-8")
@@ -237,8 +246,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _nothing(work: Path, manifest: Manifest, model: Any) -> None:
+def _nothing(work: Path, manifest: Manifest, model: Any, settings: dict[str, Any]) -> tuple[Artefact, ...]:
     """Of targets whose artefacts stand alone."""
+    return ()
 
 
 def _old(place: Path) -> Path:

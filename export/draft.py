@@ -6,7 +6,8 @@ A converter module has
     EXTRA           the extra that installs what it needs
     require()       raises MissingExtraError where that is not installed
     drafts(job, precisions)     yields one `Draft` for every artefact that it wrote below `job.folder`
-    finish(bundle, manifest, model)     may be absent: writes what belongs to the target's artefacts together, after they were judged and golden/ was written
+    finish(bundle, manifest, model, settings)   may be absent: writes what belongs to the target's artefacts together, after they were judged and golden/
+                                was written; returns further artefacts, which it has shown to be the same as judged ones
 
 and it judges nothing: `artefacts` compares every draft with the checkpoint, times those that this machine can run as a user would, and decides.
 """

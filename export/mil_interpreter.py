@@ -36,17 +36,20 @@ class MilProgram:
         name: what messages call it.
         half: round every result that the program declares float16 to float16; False evaluates in float32 throughout,
             which separates the effect of stored weights from that of arithmetic.
+        function: which one of a program of several.
 
     Raises:
         UnknownOperationError: the program holds an operation that is not in `OPERATIONS`.
     """
 
-    def __init__(self, program: Any, *, name: str = "program", half: bool = True) -> None:
+    def __init__(self, program: Any, *, name: str = "program", half: bool = True, function: str = "main") -> None:
         self.name = name
         self.half = half
         self.specification_version: int | None = None
         """Of the file that it was read from: 7 is iOS 16, 8 iOS 17, 9 iOS 18."""
-        self._function = program.functions["main"]
+        if function not in program.functions:
+            raise BundleError(f"the Core ML program {name} has no function '{function}'; it has {', '.join(sorted(program.functions))}")
+        self._function = program.functions[function]
         self.inputs: list[str] = list(self._function.inputs)
         self.outputs: list[str] = [v.name for v in self._function.outputs]
         unknown = [kind for kind in self.operation_counts() if kind not in OPERATIONS]
@@ -61,7 +64,7 @@ class MilProgram:
                 self._constants[operation.outputs[0].name] = _constant(operation)
 
     @classmethod
-    def open(cls, path: str | Path, *, half: bool = True) -> MilProgram:
+    def open(cls, path: str | Path, *, half: bool = True, function: str = "main") -> MilProgram:
         """Read a saved `.mlpackage` folder (an ML program; neural networks of the old kind are refused).
 
         Raises:
@@ -84,7 +87,7 @@ class MilProgram:
             program = milproto.load(specification, specification.specificationVersion, model.weights_dir)
         except (RuntimeError, ValueError, IndexError) as error:  # coremltools raises what its readers raise
             raise BundleError(f"{path.name}: the program or its weights cannot be read ({error}); the package is damaged, export it again") from None
-        opened = cls(program, name=path.name, half=half)
+        opened = cls(program, name=path.name, half=half, function=function)
         opened.specification_version = specification.specificationVersion
         return opened
 

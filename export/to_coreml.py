@@ -14,26 +14,35 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from export.channel_text import ChannelText
 from export.converters import place
 from export.draft import Draft, Job
+from export.golden import read_arrays
 from export.mil_interpreter import MilProgram, import_coremltools
 from export.to_onnx import HALF_MAX, plain_attention, quiet
+from export.towers import OUTPUT_NAMES, TOWERS, Encoder
 from export.verify import FLOATS
 from runtime.errors import ParityError
 from runtime.files import whole_folder
-from runtime.manifest import Manifest
+from runtime.manifest import Artefact, Manifest
+from runtime.preprocess import PreprocessConfig
 
-PRECISIONS = ("fp32", "fp16", "palette8", "palette6", "palette4", "int8", "sparse")
+PRECISIONS = ("fp32", "fp16", "mixed", "palette8", "palette6", "palette4", "int8", "sparse")
 EXTRA = "coreml"
 IOS = 17
 FLOAT_ROWS, LOSSY_ROWS = 32, 128  # the interpreter is slower than a compiled runtime
+KEPT_SINGLE = ("layer_norm", "softmax", "reduce_l2_norm", "reduce_mean", "reduce_sum", "real_div", "sqrt", "rsqrt")
+"""Operations that "mixed" leaves in float32: where sums and small differences lose most in float16."""
+FEATURES = "feature_map"
 LEAST_WEIGHTS = 2048  # smaller tensors are not worth the loss
 
 _NAMESPACE = uuid.UUID("6f0f6a52-6f39-5c0e-9a5b-2d1f0f5a7c11")  # fixed, so that identifiers depend on the item alone
@@ -45,53 +54,111 @@ def require() -> None:
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
-    """One package a precision, batch 1: float32, float16, and float16 whose weights are stored in fewer bits.
+    """One package a precision, batch 1: float32, float16, float16 with some operations in float32, float16 whose weights are stored in fewer bits.
 
     Raises:
         ParityError: a constant lies outside float16's range, or an operation is not translated.
     """
+    yield from packages(job, precisions, "coreml")
+
+
+def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool = False) -> Iterator[Draft]:
+    """Drafts of `convert`'s packages. picture: as there."""
     float16: Any = None
     for precision in precisions:
-        if precision == "fp32":
-            converted = convert(job, half=False)
+        if precision in ("fp32", "mixed"):
+            converted = convert(job, precision, picture=picture)
         else:
-            float16 = float16 or convert(job)
+            float16 = float16 or convert(job, picture=picture)
             converted = float16 if precision == "fp16" else compress(float16, precision)
-        path = f"coreml/{job.tower}.{precision}.mlpackage"
+        path = f"{target}/{job.tower}.{precision}.mlpackage"
         program = MilProgram.open(save(converted, job.folder / path, half=precision != "fp32"))
+        run = functools.partial(evaluate, program, output=OUTPUT_NAMES[job.tower])
         yield Draft(
-            tower=job.tower, target="coreml", precision=precision, path=path, run=functools.partial(evaluate, program),
+            tower=job.tower, target=target, precision=precision, path=path,
+            run=(lambda rows, run=run: run(as_picture(rows, job.preprocessing))) if picture else run,
             how="MIL interpreter on the CPU, results rounded to the program's types; not run on an Apple device",
             most_rows=FLOAT_ROWS if precision in FLOATS else LOSSY_ROWS,
             facts={
                 "deployment_target": f"iOS{job.convert.get('ios', IOS)}",
                 "operations": sum(program.operation_counts().values()),
                 **({} if precision in FLOATS else {"weights": check_compressed(program, precision, path)}),
+                **({"input": "image: an RGB picture of the model's size; resize and crop before, as section 4 of the format says"} if picture else {}),
+                **({"outputs": program.outputs} if len(program.outputs) > 1 else {}),
             },
         )  # fmt: skip
 
 
-def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
-    """Write what shows on a Mac that the packages compute there what they computed here: a script for coremltools and a Swift program."""
+def finish(bundle: Path, manifest: Manifest, model: Any, settings: dict[str, Any]) -> tuple[Artefact, ...]:
+    """Write what shows on a Mac that the packages compute there what they computed here, and the packages of two functions where they are wanted."""
     for name in ("selfcheck.py", "selfcheck.swift"):
         shutil.copyfile(Path(__file__).parent / "kits" / f"coreml_{name}", bundle / "coreml" / name)
+    if not settings.get("multifunction"):
+        return ()
+    packages = {(a.tower, a.precision): a for a in manifest.artefacts if a.target == "coreml" and a.path}
+    both = [precision for tower, precision in packages if tower == "image" and ("text", precision) in packages]
+    return tuple(artefact for precision in both for artefact in join(bundle, {tower: packages[tower, precision] for tower in TOWERS}))
 
 
-def convert(job: Job, *, half: bool = True) -> Any:
-    """One tower as a coremltools model in memory: pixels (1, 3, H, W) float32 or tokens (1, T) int32 to the embedding (1, D) float32, unit norm."""
+def join(bundle: Path, packages: Mapping[str, Artefact]) -> list[Artefact]:
+    """Both towers of one precision as a package of two functions, "image" and "text" (iOS 18), and its artefacts.
+
+    Raises:
+        ParityError: a function does not give bit by bit what the tower's own package gives on the golden inputs.
+    """
+    ct = import_coremltools("joining Core ML packages")
+    precision = packages["image"].precision
+    path = f"coreml/both.{precision}.mlpackage"
+    descriptor = ct.utils.MultiFunctionDescriptor()
+    for tower, artefact in packages.items():
+        descriptor.add_function(str(bundle / str(artefact.path)), src_function_name="main", target_function_name=tower)
+    descriptor.default_function_name = "image"
+    with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()), whole_folder(bundle / path, ".mlpackage") as part:
+        ct.utils.save_multifunction(descriptor, str(part))
+        make_reproducible(part)
+    golden = read_arrays(bundle)
+    made = []
+    for tower, artefact in packages.items():
+        rows = golden["pixels" if tower == "image" else "tokens"]
+        own, joined = MilProgram.open(bundle / str(artefact.path)), MilProgram.open(bundle / path, function=tower)
+        if not np.array_equal(evaluate(own, rows, OUTPUT_NAMES[tower]), evaluate(joined, rows, OUTPUT_NAMES[tower])):
+            raise ParityError(f"{path}: its function '{tower}' does not compute what {artefact.path} computes; leave --multifunction out and report the versions")
+        facts = {**(artefact.facts or {}), "deployment_target": "iOS18", "function": tower, "same_as": artefact.id}
+        made.append(replace(artefact, id=f"{artefact.id}-function", path=path, facts=facts))
+    return made
+
+
+def convert(job: Job, precision: str = "fp16", *, picture: bool = False) -> Any:
+    """One tower as a coremltools model in memory: pixels (1, 3, H, W) float32 or tokens (1, T) int32 to the embedding (1, D) float32, unit norm.
+
+    Args:
+        precision: "fp32", "fp16", or "mixed": float16 but for the operations of `KEPT_SINGLE`.
+        picture: the image tower takes an RGB picture of 8 bits a channel, and scales and shifts it itself.
+    """
     ct = import_coremltools("exporting to Core ML")
     encoder = job.encoder(rescale=True)
+    if job.tower == "text" and job.convert.get("text_layout") == "channels":
+        encoder = Encoder(ChannelText(encoder.tower), "text", rescale=True)
+    names, module = [encoder.output_name], encoder
     row = torch.from_numpy(np.ascontiguousarray(job.rows[:1]))
+    if job.tower == "image" and job.convert.get("features"):
+        module, names = WithFeatures(encoder), [encoder.output_name, FEATURES]
+    entries: dict[str, Any] = {}
+    if picture:
+        module = FromPicture(module, job.preprocessing)
+        entries["inputs"] = [ct.ImageType(name=encoder.input_name, shape=tuple(row.shape), color_layout=ct.colorlayout.RGB)]
+    single = ct.transform.FP16ComputePrecision(op_selector=lambda operation: operation.op_type not in KEPT_SINGLE)
     with plain_attention(), quiet("coremltools", "torch.export"), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        program = torch.export.export(encoder, (row,)).run_decompositions({})
+        program = torch.export.export(module, (row,)).run_decompositions({})
         _simplify(program)
         try:
             converted = ct.convert(
                 program,
                 convert_to="mlprogram",
-                outputs=[ct.TensorType(name=encoder.output_name, dtype=np.float32)],
+                **entries,
+                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in names],
                 minimum_deployment_target=getattr(ct.target, f"iOS{job.convert.get('ios', IOS)}"),
-                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                compute_precision={"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16, "mixed": single}[precision],
                 skip_model_load=True,
             )
         except NotImplementedError as error:
@@ -100,8 +167,56 @@ def convert(job: Job, *, half: bool = True) -> Any:
         given = specification.description.input[0].name
         if given != encoder.input_name:
             ct.utils.rename_feature(specification, given, encoder.input_name, rename_outputs=False)
-        specification.description.metadata.ClearField("userDefined")  # holds the conversion date
+        _describe(specification.description, job)
         return ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
+
+
+class FromPicture(nn.Module):
+    """An encoder of pixels as one of bytes 0 to 255 (1, 3, H, W)."""
+
+    def __init__(self, encoder: nn.Module, config: PreprocessConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (config.mean, config.std))
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (mean / std).float())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.encoder(x * self.scale - self.shift)
+
+
+class WithFeatures(nn.Module):
+    """An image encoder that also gives its backbone's last feature map, before pooling: (1, C, h, w), or (1, tokens, C) of a vision transformer."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder, self.tower = encoder, encoder.tower
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.tower.trunk.forward_features(x)
+        return self.encoder.normalise(self.tower.projection(self.tower.trunk.forward_head(features))), features
+
+
+def as_picture(pixels: np.ndarray, config: PreprocessConfig) -> np.ndarray:
+    """Normalised pixels (N, 3, S, S) back to the bytes 0 to 255 that they were, as float32, which is how a Core ML program sees a picture."""
+    mean, std = (np.asarray(values, np.float64).reshape(1, 3, 1, 1) for values in (config.mean, config.std))
+    return np.rint((pixels * std + mean) * 255).clip(0, 255).astype(np.float32)
+
+
+def _describe(description: Any, job: Job) -> None:
+    """What Xcode shows of a package; no date, which coremltools would add."""
+    description.metadata.ClearField("userDefined")
+    config = getattr(job.model, "config", None)
+    if config is None:
+        return
+    made = "a picture" if job.tower == "image" else f"{config.text.context_length} tokens"
+    description.metadata.shortDescription = f"{config.name}, {job.tower} tower: {made} to an embedding of {config.embed_dim} numbers, unit norm. Scores are dot products."
+    description.metadata.license = config.licence
+    description.metadata.author = ", ".join(config.sources)
+    description.input[0].shortDescription = (
+        f"RGB picture, {config.image.image_size} x {config.image.image_size}" if job.tower == "image" else "token ids of tokenizer.json, padded to the full length"
+    )
+    description.output[0].shortDescription = "embedding of unit norm"
 
 
 def compress(model: Any, precision: str) -> Any:
@@ -228,7 +343,7 @@ def check_compressed(program: MilProgram, precision: str, name: str) -> dict[str
     return {"compressed": round(compressed / max(total, 1), 4), "zeros": round(zeros / max(compressed, 1), 4)}
 
 
-def evaluate(program: MilProgram, inputs: np.ndarray) -> np.ndarray:
-    """Run a package of batch 1 over the rows of `inputs` (N, …) -> (N, D) float32."""
-    name, output = program.inputs[0], program.outputs[0]
+def evaluate(program: MilProgram, inputs: np.ndarray, output: str | None = None) -> np.ndarray:
+    """Run a package of batch 1 over the rows of `inputs` (N, …) -> (N, D) float32. output: by name, where there are several."""
+    name, output = program.inputs[0], output or program.outputs[0]
     return np.concatenate([program(**{name: inputs[i : i + 1]})[output] for i in range(len(inputs))])

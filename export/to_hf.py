@@ -31,7 +31,7 @@ from export.to_onnx import require as require  # the same exporter
 from export.towers import INPUT_NAMES, OUTPUT_NAMES
 from runtime.errors import CheckpointError
 from runtime.files import write_json, write_whole
-from runtime.manifest import Manifest
+from runtime.manifest import Artefact, Manifest
 
 PRECISIONS = ("fp32", "int8")
 EXTRA = "export"
@@ -123,9 +123,10 @@ def take_ids(model: onnx.ModelProto, *, pad_id: int, end_id: int | None) -> None
     onnx.checker.check_model(model)
 
 
-def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
+def finish(bundle: Path, manifest: Manifest, model: Any, settings: dict[str, Any]) -> tuple[Artefact, ...]:
     """Write the files that both towers share."""
     write_hf_files(bundle / "hf", model.config, manifest.image.preprocess_config(), bundle / "tokenizer.json", logit_scale=manifest.logit_scale)
+    return ()
 
 
 def write_hf_files(

@@ -28,7 +28,7 @@ from export.to_onnx import STATIC_ROWS, OnnxEncoder, serialize, write_onnx
 from export.towers import TOWERS
 from runtime.errors import MissingExtraError, ParityError
 from runtime.files import write_json
-from runtime.manifest import COSINE_MIN, Manifest
+from runtime.manifest import COSINE_MIN, Artefact, Manifest
 
 PRECISIONS = ("fp32", "fp16", "int8")
 EXTRA = "tensorrt"
@@ -70,7 +70,7 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
         )  # fmt: skip
 
 
-def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
+def finish(bundle: Path, manifest: Manifest, model: Any, settings: dict[str, Any]) -> tuple[Artefact, ...]:
     """Write the kit that builds and checks engines on the device: scripts for TensorRT 10 and 11, golden inputs as trtexec reads them, what to expect."""
     folder, kits = bundle / "tensorrt", Path(__file__).parent / "kits"
     golden = read_arrays(bundle)
@@ -98,6 +98,7 @@ def finish(bundle: Path, manifest: Manifest, model: Any) -> None:
         "embeddings": {tower: golden[f"{tower}_embedding"][:rows].astype(float).round(8).tolist() for tower in TOWERS},
     }
     write_json(folder / "golden/expected.json", expected)
+    return ()
 
 
 def typed_onnx(job: Job, precision: str) -> onnx.ModelProto:

@@ -53,8 +53,10 @@ class Encoder(nn.Module):
         if self.half_inside and self.kind == "image":
             x = x.to(torch.float16)
         features = self.tower(x)
-        if self.half_inside:
-            features = features.to(torch.float32)
+        return self.normalise(features.to(torch.float32) if self.half_inside else features)
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """(B, D) to unit norm."""
         if self.rescale:
             features = features / features.abs().amax(dim=-1, keepdim=True).clamp_min(1e-4)
         # Not F.normalize: its expand would drag shape arithmetic into graphs of dynamic batch.

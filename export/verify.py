@@ -60,12 +60,13 @@ class Thresholds:
     norm_error: float = 1e-2
 
 
-FLOATS = ("fp32", "fp16", "bf16")
+FLOATS = ("fp32", "fp16", "bf16", "mixed")
 """Precisions that are to compute the same; all others cost accuracy by design and are judged by what retrieval loses."""
 
 THRESHOLDS: dict[str, Thresholds] = {
     "fp32": Thresholds(cosine_min=0.99999, rank_agreement=0.98, recall1_change=-0.02, norm_error=1e-4),
     "fp16": Thresholds(cosine_min=0.9995, rank_agreement=0.9, recall1_change=-0.02, norm_error=2e-3),
+    "mixed": Thresholds(cosine_min=0.9995, rank_agreement=0.9, recall1_change=-0.02, norm_error=2e-3),
     "bf16": Thresholds(cosine_min=0.995, rank_agreement=0.9, recall1_change=-0.02),
     "lossy": Thresholds(centred_p1=0.98, recall1_change=-0.005),
 }

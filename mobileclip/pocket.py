@@ -64,9 +64,15 @@ class PocketTrunk(nn.Module):
         self.fc: nn.Module = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         shrink_mlp_kernels(self, mlp_kernel_size)
 
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """-> (B, dims[-1], H/16, W/16)"""
+        return self.norm(self.stages(self.stem(pixels)))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.fc(features.mean(dim=(2, 3)))
+
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.norm(self.stages(self.stem(pixels)))
-        return self.fc(x.mean(dim=(2, 3)))
+        return self.forward_head(self.forward_features(pixels))
 
 
 def shrink_mlp_kernels(trunk: nn.Module, kernel_size: int) -> None:

@@ -26,7 +26,7 @@ STATUSES = ("proven", "refused", "unproven", "failed")
 LOSSES = ("softmax", "sigmoid")
 MASKS = ("causal", "pad", "none")
 # Least cosine to the checkpoint's fp32 embedding over all inputs tried; an artefact may carry its own.
-COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.9}
+COSINE_MIN = {"fp32": 0.99999, "fp16": 0.999, "mixed": 0.999, "bf16": 0.99, "int8": 0.9}
 # An artefact that changes recall@1 by less than this (when it was measured) is good enough to be picked for its speed.
 RECALL1_CHANGE_MIN = -0.02
 MOST_BYTES = 16 * 1024 * 1024

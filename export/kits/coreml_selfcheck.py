@@ -31,7 +31,7 @@ def main():
     golden = load_file(args.bundle / manifest["golden"]["vectors"])
     failed = False
     for artefact in manifest["artefacts"]:
-        if artefact["target"] != "coreml" or artefact["path"] is None:
+        if artefact["target"] not in ("coreml", "coreml-image") or artefact["path"] is None:
             continue
         tower, spec = artefact["tower"], manifest[artefact["tower"]]
         inputs, wanted = golden["pixels" if tower == "image" else "tokens"], golden[tower + "_embedding"]
@@ -39,7 +39,7 @@ def main():
         found, seconds = [], []
         for row in inputs:
             start = time.perf_counter()
-            found.append(np.asarray(model.predict({spec["input"]: given(model, spec["input"], row)})[spec["output"]]).reshape(-1))
+            found.append(np.asarray(model.predict({spec["input"]: given(artefact, spec, row)})[spec["output"]]).reshape(-1))
             seconds.append(time.perf_counter() - start)
         found = np.stack(found).astype(np.float64)
         cosines = (found * wanted).sum(1) / np.maximum(np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1), 1e-12)
@@ -54,15 +54,13 @@ def main():
     return 1 if failed else 0
 
 
-def given(model, name, row):
-    """A golden row as the package takes it: a tensor, or a picture whose scale and bias are inside."""
-    (entry,) = [entry for entry in model.get_spec().description.input if entry.name == name]
-    if entry.type.WhichOneof("Type") != "imageType":
+def given(artefact, spec, row):
+    """A golden row as the package takes it: a tensor, or a picture whose scale and shift are inside."""
+    if artefact["target"] != "coreml-image":
         return row[None]
     from PIL import Image
 
-    facts = json.loads(entry.shortDescription)
-    pixels = (row * np.asarray(facts["std"], np.float32)[:, None, None] + np.asarray(facts["mean"], np.float32)[:, None, None]) * 255
+    pixels = (row * np.asarray(spec["std"])[:, None, None] + np.asarray(spec["mean"])[:, None, None]) * 255
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 

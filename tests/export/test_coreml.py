@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("coremltools")
+coremltools = pytest.importorskip("coremltools")
 
+import export.to_coreml_image  # noqa: E402
 from export.mil_interpreter import MilProgram  # noqa: E402
-from export.to_coreml import PRECISIONS, convert, drafts, evaluate, save  # noqa: E402
+from export.to_coreml import PRECISIONS, convert, drafts, evaluate, join, save  # noqa: E402
 from export.to_onnx import OnnxEncoder, export_onnx, serialize  # noqa: E402
 from export.towers import encoder_of  # noqa: E402
-from export.verify import measure, reference_of  # noqa: E402
+from export.verify import failure, measure, reference_of  # noqa: E402
 from mobileclip.checkpoint import load_checkpoint  # noqa: E402
 from mobileclip.reparameterize import reparameterize  # noqa: E402
-from runtime.errors import (
-    BundleError,
-    ParityError,  # noqa: E402
-)
+from runtime.errors import BundleError, ParityError  # noqa: E402
+from runtime.manifest import read_manifest  # noqa: E402
 from tests.export.conftest import job_of, rows_of, teacher_like  # noqa: E402
 
 
@@ -124,7 +124,7 @@ def test_sample_teachers_form_converts(tower, tmp_path, samples):
 def test_weights_in_fewer_bits_are_smaller_and_further_away(pocket_bundle, pocket_checkpoint, samples, reference, tmp_path):
     """What the interpreter reads back from disk is the compressed program: fewer bits, larger distance, and a file that shows it."""
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
-    precisions = PRECISIONS
+    precisions = [precision for precision in PRECISIONS if precision != "mixed"]
     found = {}
     for draft in drafts(job_of(folded, "text", samples, tmp_path), precisions):
         size = sum(path.stat().st_size for path in (tmp_path / draft.path).rglob("*") if path.is_file())
@@ -150,6 +150,66 @@ def test_compressed_weights_are_reproducible(precision, pocket_checkpoint, sampl
     first = {str(path.relative_to(tmp_path / "one")): path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
     assert len(first) == 3
     assert first == {str(path.relative_to(tmp_path / "two")): path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folded(pocket_checkpoint):
+    return reparameterize(load_checkpoint(pocket_checkpoint))[0]
+
+
+def test_packages_that_take_a_picture(folded, samples, reference, tmp_path):
+    (draft,) = export.to_coreml_image.drafts(job_of(folded, "image", samples, tmp_path), ("fp16",))
+    assert failure(draft.id, measure("image", draft.run(samples.pixels[:12]), reference), "fp16") is None
+    entry = coremltools.models.MLModel(str(tmp_path / draft.path), skip_model_load=True).get_spec().description.input[0]
+    assert entry.type.WhichOneof("Type") == "imageType"
+    assert (entry.type.imageType.width, entry.type.imageType.height) == (64, 64)
+    assert list(export.to_coreml_image.drafts(job_of(folded, "text", samples, tmp_path), ("fp16",))) == []
+
+
+def test_some_operations_stay_in_single_precision(folded, samples, reference, tmp_path):
+    (draft,) = drafts(job_of(folded, "text", samples, tmp_path), ("mixed",))
+    assert failure(draft.id, measure("text", draft.run(samples.tokens[:12]), reference), "mixed") is None
+    kinds = {(o.op_type, o.outputs[0].dtype.__name__) for o in MilProgram.open(tmp_path / draft.path)._function.operations}
+    assert {("layer_norm", "fp32"), ("softmax", "fp32"), ("linear", "fp16")} <= kinds
+    assert not {("layer_norm", "fp16"), ("softmax", "fp16"), ("linear", "fp32")} & kinds
+
+
+def test_text_with_channels_first(folded, samples, reference, tmp_path):
+    (draft,) = drafts(job_of(folded, "text", samples, tmp_path, text_layout="channels"), ("fp16",))
+    assert failure(draft.id, measure("text", draft.run(samples.tokens[:12]), reference), "fp16") is None
+    counts = MilProgram.open(tmp_path / draft.path).operation_counts()
+    assert counts["conv"] >= 2 * 6 + 1
+    assert counts["linear"] == 0
+
+
+def test_the_feature_map_is_a_second_output(folded, samples, reference, tmp_path):
+    (draft,) = drafts(job_of(folded, "image", samples, tmp_path, features=True), ("fp16",))
+    program = MilProgram.open(tmp_path / draft.path)
+    assert set(program.outputs) == {"image_embedding", "feature_map"}
+    assert failure(draft.id, measure("image", draft.run(samples.pixels[:12]), reference), "fp16") is None
+    found = program(image=samples.pixels[:1])["feature_map"]
+    with torch.no_grad():
+        expected = folded.image.trunk.forward_features(torch.from_numpy(samples.pixels[:1])).numpy()
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_both_towers_as_functions_of_one_package(pocket_bundle, tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    shutil.copytree(pocket_bundle, folder)
+    manifest = read_manifest(folder)
+    own = {tower: manifest.artefact(f"{tower}-coreml-fp16") for tower in ("image", "text")}
+    found = join(folder, own)
+    assert [(artefact.id, artefact.facts["function"]) for artefact in found] == [("image-coreml-fp16-function", "image"), ("text-coreml-fp16-function", "text")]
+    first = {path.relative_to(folder): path.read_bytes() for path in (folder / found[0].path).rglob("*") if path.is_file()}
+    with pytest.raises(BundleError, match="has no function 'main'; it has image, text"):
+        MilProgram.open(folder / found[0].path)
+    join(folder, own)
+    assert first == {path.relative_to(folder): path.read_bytes() for path in (folder / found[0].path).rglob("*") if path.is_file()}
+    opened = MilProgram.open
+    other = folder / manifest.artefact("text-coreml-int8").path
+    monkeypatch.setattr(MilProgram, "open", lambda path, **more: opened(other) if more.get("function") == "text" else opened(path, **more))
+    with pytest.raises(ParityError, match="its function 'text' does not compute what coreml/text"):
+        join(folder, own)
 
 
 @pytest.mark.parametrize("ios", [pytest.param(16, marks=pytest.mark.slow), 18])
