@@ -48,6 +48,15 @@ def test_figures_of_one_changed_row():
     assert parity.rank_agreement == pytest.approx(19 / 20)
 
 
+def test_pictures_that_the_checkpoint_scores_alike_may_change_places():
+    picture = unit(RNG.standard_normal((1, 16)))
+    near = unit(picture + 1e-4 * RNG.standard_normal((1, 16)))
+    reference = Reference(image=np.concatenate([picture, near, REFERENCE.image[2:]]), text=np.concatenate([picture, near, REFERENCE.text[2:]]))
+    swapped = reference.text[[1, 0, *range(2, 20)]]
+    assert measure("text", swapped, reference).rank_agreement == 1
+    assert measure("text", reference.text[[2, 3, *range(2, 20)]], reference).rank_agreement < 1
+
+
 def test_recall_change_counts_lost_matches():
     aligned = Reference(image=REFERENCE.image, text=REFERENCE.image.copy())
     swapped = aligned.text[[1, 0, *range(2, 20)]]
