@@ -6,6 +6,7 @@ leaves the bundle that stood there as it was; running the same command again sta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -142,13 +143,8 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     if report is not None:
         say(f"reparameterised: {report.parameters_before:,} to {report.parameters_after:,} parameters, largest difference {report.max_abs:.1e}")
 
-    work = place.parent / f".{place.name}.partial"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _recover(place)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
     settings = {name: getattr(config, name) for name in ("ios", "text_layout", "features", "multifunction")}
-    try:
+    with _whole_bundle(place) as work:
         maker = Maker(
             model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets,
             allowed=read_precisions(config.checkpoint), say=say, keep_failed=config.keep_failed, convert=settings,
@@ -187,10 +183,6 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         card = model_card(manifest, receipt, parties, evaluations, config.intended_use, config.known_failure)
         (work / "MODELCARD.md").write_text(card, encoding="utf-8")
         manifest = write_manifest(work, manifest)
-        _move(pack(work) if place.suffix == ".zip" else work, place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        work.with_name(work.name + ".zip").unlink(missing_ok=True)
     return manifest
 
 
@@ -253,6 +245,25 @@ def _nothing(work: Path, manifest: Manifest, model: Any, settings: dict[str, Any
 
 def _old(place: Path) -> Path:
     return place.parent / f".{place.name}.old"
+
+
+@contextlib.contextmanager
+def _whole_bundle(place: Path) -> Iterator[Path]:
+    """A hidden folder beside `place` that takes its place, packed where that is a .zip, when the block ends well, and goes otherwise."""
+    work = place.parent / f".{place.name}.partial"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _recover(place)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        yield work
+        _move(pack(work) if place.suffix == ".zip" else work, place)
+    except OSError as error:
+        left = "the one that stands there is as it was" if place.exists() else "nothing was left behind"
+        raise BundleError(f"the bundle '{place.name}' cannot be written ({error.strerror or error}); {left}; make room or choose another place, then run it again") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        work.with_name(work.name + ".zip").unlink(missing_ok=True)
 
 
 def _recover(place: Path) -> None:

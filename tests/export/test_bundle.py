@@ -329,6 +329,23 @@ def test_interrupted_export_keeps_the_old_bundle(settings, quick, monkeypatch):
     assert first.name == read_manifest(settings.bundle).name
 
 
+def test_a_file_system_that_fills_up(settings, pocket_checkpoint, pairs_folder, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    command = [sys.executable, "-m", "mobileclip.cli", "export", str(pocket_checkpoint), str(disk / "bundle"), "--pairs", str(pairs_folder)]
+    numbers = ["--samples", "8", "--calibration", "4", "--golden", "2", "--precision", "fp32"]
+    try:
+        done = subprocess.run([*command, *numbers], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "error: the bundle 'bundle' cannot be written (No space left on device); nothing was left behind; make room" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_kill_during_export_keeps_the_old_bundle_and_a_rerun_replaces_it(settings, quick, monkeypatch):
     export_bundle(settings)
     before = snapshot(settings.bundle)
