@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ class MilProgram:
         kinds = (operation.op_type for operation in self._function.operations)
         return Counter(kind for kind in kinds if kind != "const" and not kind.startswith("constexpr_"))
 
+    def integer_operations(self) -> list[str]:
+        """Names of the operations that compute with integers (places of tokens, indices)."""
+        computed = (operation for operation in self._function.operations if operation.op_type != "const" and not operation.op_type.startswith("constexpr_"))
+        return [operation.name for operation in computed if any(_is_integer(value) for value in operation.inputs.values())]
+
+    def joined_by(self, kind: str) -> Iterator[list[str]]:
+        """Names of the inputs and the output of each operation of a kind."""
+        for operation in self._function.operations:
+            if operation.op_type == kind:
+                given = [value for entry in operation.inputs.values() if isinstance(entry, list | tuple) for value in entry]
+                yield [value.name for value in (*given, *operation.outputs)]
+
     def weights(self) -> Iterator[tuple[str, str, np.ndarray]]:
         """(name, form, values) of every float constant of two or more dimensions; form: "const" where it is stored as it is, else the operation
         that expands it ("constexpr_lut_to_dense" …)."""
@@ -109,7 +121,20 @@ class MilProgram:
         """Every constant tensor by name, decompressed, in its stored type."""
         return {name: value.numpy() for name, value in self._constants.items() if isinstance(value, Tensor)}
 
-    @torch.no_grad()
+    def ranges(self, rows: np.ndarray) -> dict[str, tuple[float, float]]:
+        """Least and largest value of every float tensor over the rows (N, …) of the only input, by name."""
+        found: dict[str, tuple[float, float]] = {}
+
+        def see(name: str, value: Tensor) -> None:
+            if value.is_floating_point() and value.numel():
+                low, high = float(value.min()), float(value.max())
+                before = found.get(name, (low, high))
+                found[name] = min(low, before[0]), max(high, before[1])
+
+        for row in rows:
+            self._evaluate({self.inputs[0]: row[None]}, see)
+        return found
+
     def __call__(self, **inputs: np.ndarray | Tensor) -> dict[str, np.ndarray]:
         """Evaluate the program.
 
@@ -119,6 +144,12 @@ class MilProgram:
         Returns:
             The outputs by name: float32 or int32 arrays.
         """
+        values = self._evaluate(inputs)
+        return {name: _plain(values[name]) for name in self.outputs}
+
+    @torch.no_grad()
+    def _evaluate(self, inputs: Mapping[str, np.ndarray | Tensor], see: Callable[[str, Tensor], None] = lambda name, value: None) -> dict[str, Any]:
+        """All values of the program by name; `see` is shown each as it is made."""
         missing = sorted(set(self.inputs) ^ set(inputs))
         if missing:
             raise ParityError(f"{self.name} takes the inputs {self.inputs}, got {sorted(inputs)}")
@@ -129,6 +160,7 @@ class MilProgram:
             if all(isinstance(s, int | np.integer) for s in declared) and tuple(tensor.shape) != declared:
                 raise ParityError(f"{self.name}: input {name} has shape {tuple(tensor.shape)}, the program declares {declared}")
             values[name] = self._rounded(tensor, self._function.inputs[name])
+            see(name, values[name])
         for operation in self._function.operations:
             kind = operation.op_type
             if kind == "const" or kind.startswith("constexpr_"):
@@ -141,7 +173,8 @@ class MilProgram:
             results = result if isinstance(result, tuple) else (result,)
             for variable, value in zip(operation.outputs, results, strict=True):
                 values[variable.name] = self._rounded(value, variable)
-        return {name: _plain(values[name]) for name in self.outputs}
+                see(variable.name, values[variable.name])
+        return values
 
     def _rounded(self, value: Tensor, variable: Any) -> Tensor:
         if not value.is_floating_point():
@@ -167,6 +200,11 @@ def import_coremltools(purpose: str) -> Any:
     finally:
         log.setLevel(level)
     return coremltools
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether an input is an integer tensor that another operation computes."""
+    return getattr(value, "op", None) is not None and value.op.op_type != "const" and getattr(value.dtype, "__name__", "").startswith(("int", "uint"))
 
 
 def _plain(value: Any) -> np.ndarray:

@@ -169,6 +169,30 @@ def thresholded_relu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.where(x >= float(alpha), x, torch.zeros_like(x))
 
 
+@_operation("quantize")
+def quantize(input: Tensor, scale: Tensor, output_dtype: str, zero_point: Any = None, axis: Any = None) -> Tensor:
+    """Affine, to int8 or uint8, halves to even."""
+    low, high = (-128, 127) if output_dtype == "int8" else (0, 255)
+    shape = _along(input, axis)
+    zero = 0 if zero_point is None else torch.as_tensor(zero_point).float().reshape(shape)
+    return (torch.round(input / torch.as_tensor(scale).reshape(shape)) + zero).clamp(low, high).to(_CASTS[output_dtype])
+
+
+@_operation("dequantize")
+def dequantize(input: Tensor, scale: Tensor, zero_point: Any = None, axis: Any = None) -> Tensor:
+    shape = _along(input, axis)
+    zero = 0 if zero_point is None else torch.as_tensor(zero_point).float().reshape(shape)
+    return (input.float() - zero) * torch.as_tensor(scale).reshape(shape)
+
+
+def _along(x: Tensor, axis: Any) -> list[int]:
+    """The shape that lines numbers of one axis up with x; of a single number when there is no axis."""
+    if axis is None:
+        return []
+    place = _integers(axis)[0] % x.ndim
+    return [-1 if n == place else 1 for n in range(x.ndim)]
+
+
 @_operation("cast")
 def cast(x: Tensor, dtype: str) -> Tensor:
     return torch.as_tensor(x).to(_CASTS[dtype])

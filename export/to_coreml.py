@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,14 +32,15 @@ from export.mil_interpreter import MilProgram, import_coremltools
 from export.to_onnx import HALF_MAX, plain_attention, quiet
 from export.towers import OUTPUT_NAMES, TOWERS, Encoder
 from export.verify import FLOATS
-from runtime.errors import ParityError
+from runtime.errors import ParityError, RecipeError
 from runtime.files import whole_folder
 from runtime.manifest import Artefact, Manifest
 from runtime.preprocess import PreprocessConfig
 
-PRECISIONS = ("fp32", "fp16", "mixed", "palette8", "palette6", "palette4", "int8", "sparse")
+PRECISIONS = ("fp32", "fp16", "mixed", "palette8", "palette6", "palette4", "int8", "w8a8", "sparse")
 EXTRA = "coreml"
 IOS = 17
+CALIBRATION_ROWS = 32
 FLOAT_ROWS, LOSSY_ROWS = 32, 128  # the interpreter is slower than a compiled runtime
 KEPT_SINGLE = ("layer_norm", "softmax", "reduce_l2_norm", "reduce_mean", "reduce_sum", "real_div", "sqrt", "rsqrt")
 """Operations that "mixed" leaves in float32: where sums and small differences lose most in float16."""
@@ -70,7 +72,10 @@ def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool 
             converted = convert(job, precision, picture=picture)
         else:
             float16 = float16 or convert(job, picture=picture)
-            converted = float16 if precision == "fp16" else compress(float16, precision)
+            if precision == "fp16":
+                converted = float16
+            else:
+                converted = quantize_activations(float16, job, picture=picture) if precision == "w8a8" else compress(float16, precision)
         path = f"{target}/{job.tower}.{precision}.mlpackage"
         program = MilProgram.open(save(converted, job.folder / path, half=precision != "fp32"))
         run = functools.partial(evaluate, program, output=OUTPUT_NAMES[job.tower])
@@ -238,6 +243,41 @@ def compress(model: Any, precision: str) -> Any:
             return cto.linear_quantize_weights(model, config)
         config = cto.OptimizationConfig(global_config=cto.OpMagnitudePrunerConfig(target_sparsity=0.5, weight_threshold=LEAST_WEIGHTS))
         return cto.prune_weights(model, config)
+
+
+def quantize_activations(model: Any, job: Job, *, picture: bool = False) -> Any:
+    """A copy of a float16 model with int8 weights and, between quantize and dequantize pairs, int8 activations ("w8a8", iOS 17).
+
+    coremltools takes the activations' ranges from predictions, for which it needs a Mac (and keeps those of the last sample alone); here they are the
+    interpreter's, over all calibration rows.
+
+    Raises:
+        RecipeError: for iOS 16, which has no such operations.
+    """
+    import coremltools.optimize.coreml as cto
+    from coremltools.optimize.coreml import _post_training_quantization as passes
+
+    if job.convert.get("ios", IOS) < 17:
+        raise RecipeError("w8a8 needs --ios 17 or later: Core ML quantises activations since iOS 17; leave w8a8 out for older systems")
+    rows = as_picture(job.rows, job.preprocessing) if picture else job.rows
+    with tempfile.TemporaryDirectory() as folder:
+        program = MilProgram.open(save(model, Path(folder) / "float.mlpackage", half=False))
+        ranges = {name: {"rmin": low, "rmax": high} for name, (low, high) in program.ranges(rows[:CALIBRATION_ROWS]).items() if name not in program.outputs}
+    # The pass would quantise sums of token places too, and fails on them.
+    integers = dict.fromkeys(program.integer_operations())
+    for group in program.joined_by("concat"):  # parts and whole share a scale
+        known = [ranges[name] for name in group if name in ranges]
+        for entry in known:
+            entry.update(rmin=min(e["rmin"] for e in known), rmax=max(e["rmax"] for e in known))
+    plain = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_WEIGHTS)
+    weights, activations = cto.OptimizationConfig(global_config=plain), cto.OptimizationConfig(global_config=plain, op_name_configs=integers)
+    own = passes._get_activation_calibration_stats
+    passes._get_activation_calibration_stats = lambda *arguments: ranges
+    try:
+        with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):
+            return cto.linear_quantize_weights(cto.linear_quantize_activations(model, activations, []), weights)
+    finally:
+        passes._get_activation_calibration_stats = own
 
 
 def save(model: Any, path: str | os.PathLike[str], *, half: bool = True) -> Path:

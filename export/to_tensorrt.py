@@ -3,8 +3,8 @@
 TensorRT 11 takes every tensor's type from the ONNX file (10.x with --stronglyTyped does the same), so precision is decided
 here: float16 inside with explicit casts, layer norms and the L2 norm in float32. `tensorrt_rtx` builds an engine for a named
 compute capability without a GPU, which proves that the file parses and compiles. It does not prove that an engine runs or
-what it computes; the numbers of the ONNX itself are checked by ONNX Runtime. Engines are not kept: they belong to one
-driver and one GPU and their bytes vary.
+what it computes; the numbers of the ONNX itself are checked by ONNX Runtime. Where there is a GPU, `tensorrt_engine` builds,
+runs and times the real engine. Engines are not kept: they belong to one driver and one GPU and their bytes vary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import onnx
 
 import export.to_onnx
+from export import tensorrt_engine
 from export.draft import Draft, Job
 from export.golden import read_arrays
 from export.quantize import quantize_static
@@ -64,6 +65,14 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
         else:
             facts = {"parsed": False, "built": False, "ran": False, "types": audit_types(model), "reason": "tensorrt-rtx-cu13 is not installed"}
             built = "neither parsed nor built: tensorrt-rtx-cu13 is not installed"
+        if tensorrt_engine.available():
+            engine = tensorrt_engine.Engine(model, max_batch=MAX_BATCH)
+            facts = {**facts, "ran": True, "engine_version": engine.version, "engine_bytes": engine.bytes, "device": engine.device}
+            yield Draft(
+                tower=job.tower, target="tensorrt", precision=precision, path=path, run=engine, batch="dynamic", facts=facts, timed=True,
+                how=f"TensorRT {engine.version} on {engine.device}, times with the copies to and from it",
+            )  # fmt: skip
+            continue
         yield Draft(
             tower=job.tower, target="tensorrt", precision=precision, path=path, run=run, batch="dynamic", facts=facts,
             how=f"ONNX Runtime on the CPU; {built}; no engine was run", most_rows=None if precision == "int8" else STATIC_ROWS,

@@ -20,7 +20,7 @@ from export.towers import encoder_of  # noqa: E402
 from export.verify import failure, measure, reference_of  # noqa: E402
 from mobileclip.checkpoint import load_checkpoint  # noqa: E402
 from mobileclip.reparameterize import reparameterize  # noqa: E402
-from runtime.errors import BundleError, ParityError  # noqa: E402
+from runtime.errors import BundleError, ParityError, RecipeError  # noqa: E402
 from runtime.manifest import read_manifest  # noqa: E402
 from tests.export.conftest import job_of, rows_of, teacher_like  # noqa: E402
 
@@ -124,7 +124,7 @@ def test_sample_teachers_form_converts(tower, tmp_path, samples):
 def test_weights_in_fewer_bits_are_smaller_and_further_away(pocket_bundle, pocket_checkpoint, samples, reference, tmp_path):
     """What the interpreter reads back from disk is the compressed program: fewer bits, larger distance, and a file that shows it."""
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
-    precisions = [precision for precision in PRECISIONS if precision != "mixed"]
+    precisions = [precision for precision in PRECISIONS if precision not in ("mixed", "w8a8")]
     found = {}
     for draft in drafts(job_of(folded, "text", samples, tmp_path), precisions):
         size = sum(path.stat().st_size for path in (tmp_path / draft.path).rglob("*") if path.is_file())
@@ -164,6 +164,29 @@ def test_packages_that_take_a_picture(folded, samples, reference, tmp_path):
     assert entry.type.WhichOneof("Type") == "imageType"
     assert (entry.type.imageType.width, entry.type.imageType.height) == (64, 64)
     assert list(export.to_coreml_image.drafts(job_of(folded, "text", samples, tmp_path), ("fp16",))) == []
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_activations_in_eight_bits(tower, folded, samples, reference, tmp_path):
+    (draft,) = drafts(job_of(folded, tower, samples, tmp_path), ("w8a8",))
+    program = MilProgram.open(tmp_path / draft.path)
+    counts = program.operation_counts()
+    assert counts["quantize"] > 4
+    assert counts["dequantize"] >= counts["quantize"]
+    assert draft.facts["weights"]["compressed"] > 0.9
+    parity = measure(tower, draft.run(samples.inputs(tower)[:16]), reference)
+    assert parity.cosine_mean > (0.95 if tower == "image" else 0.97)
+    assert parity.cosine_min < 0.99999  # it is really coarser
+    with pytest.raises(RecipeError, match="w8a8 needs --ios 17"):
+        list(drafts(job_of(folded, tower, samples, tmp_path, ios=16), ("w8a8",)))
+
+
+def test_ranges_are_over_all_rows(folded, samples, tmp_path):
+    (draft,) = drafts(job_of(folded, "image", samples, tmp_path), ("fp16",))
+    program = MilProgram.open(tmp_path / draft.path)
+    apart, together = [program.ranges(rows) for rows in (samples.pixels[:1], samples.pixels[1:2])], program.ranges(samples.pixels[:2])
+    for name, (low, high) in together.items():
+        assert (low, high) == (min(found[name][0] for found in apart), max(found[name][1] for found in apart))
 
 
 def test_some_operations_stay_in_single_precision(folded, samples, reference, tmp_path):
