@@ -77,6 +77,8 @@ class ExportConfig:
     """Precisions that cost accuracy: most recall@1 that may be lost."""
     ios: Literal[16, 17, 18] = 17
     """Core ML: the oldest iOS that the packages are for."""
+    batches: tuple[int, ...] = ()
+    """Core ML: further sizes of batches that the packages take (enumerated shapes), beside 1."""
     text_layout: Literal["rows", "channels"] = "rows"
     """Core ML: "channels" computes the text tower as (batch, width, 1, tokens) with 1x1 convolutions, the Neural Engine's favourite."""
     features: bool = False
@@ -143,7 +145,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     if report is not None:
         say(f"reparameterised: {report.parameters_before:,} to {report.parameters_after:,} parameters, largest difference {report.max_abs:.1e}")
 
-    settings = {name: getattr(config, name) for name in ("ios", "text_layout", "features", "multifunction")}
+    settings = {name: getattr(config, name) for name in ("ios", "batches", "text_layout", "features", "multifunction")}
     with _whole_bundle(place) as work:
         maker = Maker(
             model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets,
@@ -202,6 +204,8 @@ def _check_numbers(config: ExportConfig) -> None:
     for name, least in (("samples", 4), ("calibration", 1), ("golden", 1)):
         if getattr(config, name) < least:
             raise RecipeError(f"--{name} is {getattr(config, name)}, expected at least {least}")
+    if any(not 1 <= size <= 128 for size in config.batches):
+        raise RecipeError(f"--batches are {', '.join(map(str, config.batches))}, expected sizes from 1 to 128")
 
 
 def _check_place(place: Path, force: bool) -> None:

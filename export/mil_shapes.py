@@ -49,7 +49,7 @@ def stack(values: Sequence[Any], axis: int = 0) -> Tensor:
 
 @_operation("concat")
 def concat(values: Sequence[Any], axis: int = 0, interleave: bool = False) -> Tensor:
-    tensors = [torch.as_tensor(v) for v in values]
+    tensors = [torch.atleast_1d(torch.as_tensor(v)) for v in values]  # shape arithmetic joins single numbers
     if not interleave:
         return torch.cat(tensors, int(axis))
     dim = int(axis) % tensors[0].ndim
@@ -95,7 +95,7 @@ def gather(x: Tensor, indices: Any, axis: int = 0, batch_dims: int = 0, validate
         rows = [gather(x[i], index[i], dim - 1, batch - 1) for i in range(x.shape[0])]
         return torch.stack(rows)
     picked = x.index_select(dim, index.reshape(-1))
-    return picked.reshape(*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
+    return picked.reshape([*x.shape[:dim], *index.shape, *x.shape[dim + 1 :]])
 
 
 @_operation("gather_along_axis")

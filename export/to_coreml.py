@@ -31,7 +31,7 @@ from export.golden import read_arrays
 from export.mil_interpreter import MilProgram, import_coremltools
 from export.to_onnx import HALF_MAX, plain_attention, quiet
 from export.towers import OUTPUT_NAMES, TOWERS, Encoder
-from export.verify import FLOATS
+from export.verify import FLOATS, cosines
 from runtime.errors import ParityError, RecipeError
 from runtime.files import whole_folder
 from runtime.manifest import Artefact, Manifest
@@ -79,6 +79,8 @@ def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool 
         path = f"{target}/{job.tower}.{precision}.mlpackage"
         program = MilProgram.open(save(converted, job.folder / path, half=precision != "fp32"))
         run = functools.partial(evaluate, program, output=OUTPUT_NAMES[job.tower])
+        batches = _batches(job, picture)
+        check_batches(program, batches[1:], job.rows, OUTPUT_NAMES[job.tower], path)
         yield Draft(
             tower=job.tower, target=target, precision=precision, path=path,
             run=(lambda rows, run=run: run(as_picture(rows, job.preprocessing))) if picture else run,
@@ -89,6 +91,7 @@ def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool 
                 "operations": sum(program.operation_counts().values()),
                 **({} if precision in FLOATS else {"weights": check_compressed(program, precision, path)}),
                 **({"input": "image: an RGB picture of the model's size; resize and crop before, as section 4 of the format says"} if picture else {}),
+                **({"batches": batches} if len(batches) > 1 else {}),
                 **({"outputs": program.outputs} if len(program.outputs) > 1 else {}),
             },
         )  # fmt: skip
@@ -149,12 +152,18 @@ def convert(job: Job, precision: str = "fp16", *, picture: bool = False) -> Any:
     if job.tower == "image" and job.convert.get("features"):
         module, names = WithFeatures(encoder), [encoder.output_name, FEATURES]
     entries: dict[str, Any] = {}
+    batches = _batches(job, picture)
+    if len(batches) > 1:
+        shapes = ct.EnumeratedShapes(shapes=[(size, *row.shape[1:]) for size in batches], default=tuple(row.shape))
+        entries["inputs"] = [ct.TensorType(name=encoder.input_name, shape=shapes, dtype=np.float32 if job.tower == "image" else np.int32)]
+        row = row.repeat(2, *(1 for _ in row.shape[1:]))  # torch takes one row for a fixed number
     if picture:
         module = FromPicture(module, job.preprocessing)
         entries["inputs"] = [ct.ImageType(name=encoder.input_name, shape=tuple(row.shape), color_layout=ct.colorlayout.RGB)]
     single = ct.transform.FP16ComputePrecision(op_selector=lambda operation: operation.op_type not in KEPT_SINGLE)
     with plain_attention(), quiet("coremltools", "torch.export"), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        program = torch.export.export(module, (row,)).run_decompositions({})
+        shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},) if len(batches) > 1 else None
+        program = torch.export.export(module, (row,), dynamic_shapes=shapes).run_decompositions({})
         _simplify(program)
         try:
             converted = ct.convert(
@@ -174,6 +183,21 @@ def convert(job: Job, precision: str = "fp16", *, picture: bool = False) -> Any:
             ct.utils.rename_feature(specification, given, encoder.input_name, rename_outputs=False)
         _describe(specification.description, job)
         return ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
+
+
+def _batches(job: Job, picture: bool) -> list[int]:
+    """Sizes of batches that a package takes, 1 first; Core ML takes pictures one by one."""
+    return [1] if picture else sorted({1, *job.convert.get("batches", ())})
+
+
+def check_batches(program: MilProgram, batches: Sequence[int], rows: np.ndarray, output: str, name: str) -> None:
+    """Raise ParityError unless a package computes the same for a row in each of its batch sizes as for the row alone."""
+    for size in batches:
+        together = np.concatenate([rows] * (size // len(rows) + 1))[:size]
+        alone, found = evaluate(program, together[:3], output), program(**{program.inputs[0]: together})[output][:3]
+        worst = float(cosines(alone, found).min())
+        if not worst >= 0.9999:
+            raise ParityError(f"{name}: in a batch of {size} a row's embedding has a cosine of {worst:.6f} to that of the row alone; leave --batches out")
 
 
 class FromPicture(nn.Module):

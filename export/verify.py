@@ -158,16 +158,16 @@ def measure(tower: Tower, embeddings: np.ndarray, reference: Reference) -> Parit
         most = float(np.finfo(np.float32).max)
         return Parity(**worst, max_abs=most, rank_agreement=0.0, logit_drift=most, norm_error=most, n=n)
     a, b = embeddings.astype(np.float64), expected.astype(np.float64)
-    cosines, centred = _cosines(a, b), centred_cosines(a, b)
+    plain, centred = cosines(a, b), centred_cosines(a, b)
     new_text, new_image = (text, embeddings) if tower == "image" else (embeddings, image)
     before, after = text @ image.T, new_text @ new_image.T
     gained = _hits(after).astype(np.float64) - _hits(before)
     draws = gained[np.random.default_rng(0).integers(0, n, (DRAWS, n))].mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Parity(
-        cosine_min=float(cosines.min()),
-        cosine_p1=float(np.percentile(cosines, 1)),
-        cosine_mean=float(cosines.mean()),
+        cosine_min=float(plain.min()),
+        cosine_p1=float(np.percentile(plain, 1)),
+        cosine_mean=float(plain.mean()),
         centred_p1=float(np.percentile(centred, 1)),
         centred_mean=float(centred.mean()),
         max_abs=float(np.abs(a - b).max()),
@@ -185,11 +185,12 @@ def centred_cosines(embeddings: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """(N,) cosines of rows (N, D) after the mean of `expected` is taken from both."""
     a, b = embeddings.astype(np.float64), expected.astype(np.float64)
     mean = b.mean(axis=0)
-    return _cosines(a - mean, b - mean)
+    return cosines(a - mean, b - mean)
 
 
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of rows: (N,)."""
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N,) cosines of the rows of two arrays (N, D), in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 

@@ -181,6 +181,18 @@ def test_activations_in_eight_bits(tower, folded, samples, reference, tmp_path):
         list(drafts(job_of(folded, tower, samples, tmp_path, ios=16), ("w8a8",)))
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_batches_of_the_sizes_asked_for(tower, folded, samples, reference, tmp_path):
+    (draft,) = drafts(job_of(folded, tower, samples, tmp_path, batches=(4, 8)), ("fp16",))
+    assert draft.facts["batches"] == [1, 4, 8]
+    assert failure(draft.id, measure(tower, draft.run(samples.inputs(tower)[:6]), reference), "fp16") is None
+    array = coremltools.models.MLModel(str(tmp_path / draft.path), skip_model_load=True).get_spec().description.input[0].type.multiArrayType
+    assert [list(shape.shape)[0] for shape in array.enumeratedShapes.shapes] == [1, 4, 8]
+    program = MilProgram.open(tmp_path / draft.path)
+    together = program(**{program.inputs[0]: samples.inputs(tower)[:4]})[f"{tower}_embedding"]
+    assert failure("four at once", measure(tower, together, reference), "fp16") is None
+
+
 def test_ranges_are_over_all_rows(folded, samples, tmp_path):
     (draft,) = drafts(job_of(folded, "image", samples, tmp_path), ("fp16",))
     program = MilProgram.open(tmp_path / draft.path)
