@@ -7,21 +7,34 @@ from typing import Any
 from . import markup
 from .gather import Material
 
-METHOD = (
+TIMES = (
     "Candidates that are compared run in one process, interleaved, in an order drawn anew in every round, on the same inputs and threads.",
     "Warm-up rounds are thrown away; every later sample is kept in nanoseconds, and none is dropped as an outlier.",
     "A ratio is one of medians; its 99 % interval comes from a bootstrap over blocks of neighbouring pairs, because neighbouring samples resemble each other.",
     "A difference is called only when that whole interval lies outside ±1 %. Otherwise the answer is “no difference”, or “not resolved” when the interval is wide.",
     "Cold start is a fresh process with warm disk: import, open the bundle, first embedding; torch must not be among its modules.",
     "Peak memory is the high-water mark of a process that ran only that phase.",
-    "Recall intervals are 95 % bootstrap intervals over the queries. Drift is the median of the last third of the samples over that of the first third.",
+    "Drift is the median of the last third of the samples over that of the first third.",
     "Times hold for this machine. Ratios travel better than milliseconds.",
 )
 
 
+RECALL = ("Recall intervals are 95 % bootstrap intervals over the queries.",)
+EFFICIENCY = (
+    "All students have the same architecture and see the same number of samples; captions that the text tower reads alone count as samples.",
+    "Learning rate and batch were chosen for plain and for reinforced students with the same number of trials, on the validation style; the test style was read for what is shown alone.",
+    "Every budget is a training of its own with its whole schedule. Intervals are over seeds and concepts drawn anew together.",
+    "A difference counts only when its interval leaves zero out; an A/A pair and planted harm show whether that rule can be trusted.",
+)
+
+
 def method(material: Material) -> str:
-    """How it was measured, and the machine."""
-    return "".join(["<h3>Rules</h3>", markup.listing([markup.text(rule) for rule in METHOD]), "<h3>The machine</h3>", *map(_machine, _environments(material))])
+    """How it was measured, and the machine: the rules of what this page shows."""
+    timed = any(row["kind"] == "latency" for row in material.lines)
+    rules = [*(TIMES if timed else ()), *(RECALL if material.lines or material.tables else ()), *(EFFICIENCY if material.efficiency else ())]
+    if not rules:
+        return ""
+    return "".join(["<h3>Rules</h3>", markup.listing([markup.text(rule) for rule in rules]), "<h3>The machine</h3>", *map(_machine, _environments(material))])
 
 
 def _environments(material: Material) -> list[dict[str, Any]]:
@@ -88,8 +101,9 @@ def unmeasured(material: Material) -> str:
             if artefact.get("status") == "proven" and artefact.get("id") not in measured:
                 items.append(f"<b>{markup.text(artefact['id'])} latency</b>: {markup.text(_why(artefact.get('target', '')))}")
     items += [markup.text(sentence) for sentence in material.missing]
-    items.append("Energy, heat over minutes, and phones: nothing here says how these models run on a device in a pocket.")
-    return markup.listing(list(dict.fromkeys(items)))
+    if material.lines or material.manifests:
+        items.append("Energy, heat over minutes, and phones: nothing here says how these models run on a device in a pocket.")
+    return markup.listing(list(dict.fromkeys(items))) if items else ""
 
 
 def _why(target: str) -> str:

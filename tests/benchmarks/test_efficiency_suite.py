@@ -104,6 +104,8 @@ def test_the_page_and_the_table(experiment: Experiment) -> None:
     page = (experiment.out / "report.html").read_text()
     assert "What each sample buys" in page
     assert page.count("<svg") >= 2
+    assert "Every budget is a training of its own" in page
+    assert "Warm-up rounds" not in page  # those are rules of latencies, and there are none here
     assert f"{figures['recall5_reinforced']:.3f}" in as_text(figures)
 
 
