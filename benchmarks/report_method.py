@@ -22,7 +22,7 @@ TIMES = (
 RECALL = ("Recall intervals are 95 % bootstrap intervals over the queries.",)
 EFFICIENCY = (
     "All students have the same architecture and see the same number of samples; captions that the text tower reads alone count as samples.",
-    "Learning rate and batch were chosen for plain and for reinforced students with the same number of trials, on the validation style; the test style was read for what is shown alone.",
+    "Learning rate and batch were chosen for plain and for reinforced students with the same number of trials on the validation style.",
     "Every budget is a training of its own with its whole schedule. Intervals are over seeds and concepts drawn anew together.",
     "A difference counts only when its interval leaves zero out; an A/A pair and planted harm show whether that rule can be trusted.",
 )
