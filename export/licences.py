@@ -14,10 +14,10 @@ from typing import Any
 
 from runtime.errors import RecipeError
 
-_CLOSED = re.compile(r"research[ -]only|research purposes|non[- ]?commercial|\bNC\b|Apple ML Research|academic", re.IGNORECASE)
+_CLOSED = re.compile(r"research[ -]only|research purposes|non[- ]?commercial|\b(NC|ND)\b|Apple ML Research|academic", re.IGNORECASE)
 _OPEN = re.compile(
-    r"\b(MIT|Apache|BSD|ISC|CC0|CC[- ]BY|Unlicense|OFL|MPL|Unicode-3\.0|Unicode-DFS|public domain|GPL|LGPL|Zlib|PSF)", re.IGNORECASE
-)  # CC BY-NC is caught by _CLOSED before
+    r"\b(MIT|Apache|BSD|ISC|CC0|CC[- ]BY(-SA)?|Unlicense|OFL|MPL|Unicode-3\.0|Unicode-DFS|public domain|[AL]?GPL(v\d)?|Zlib|PSF)(?![A-Za-z])", re.IGNORECASE
+)  # CC BY-NC and CC BY-ND are caught by _CLOSED before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ def works(receipt: Mapping[str, Any], config: Any, pairs: Path, given: Sequence[
     found = [Work(what="weights", name=config.name, licence=said.pop("weights", config.licence), source=", ".join(config.sources))]
     for licence in receipt.get("store_licences", ()):
         found.append(Work(what="teachers", name="teachers and captioners of the store", licence=said.get("teachers", str(licence))))
-    if receipt.get("stage") in ("train", "projectors"):
+    if receipt.get("stage"):  # converted weights have none: their own licence speaks for what they were trained on
         found.append(Work(what="training data", name="pictures and captions", licence=said.pop("training data", "") or _sample_licences(pairs) or "unknown"))
     found.append(Work(what="tokenizer", name=config.text.tokenizer, licence=said.pop("tokenizer", _TOKENIZERS.get(config.text.tokenizer, "unknown"))))
     golden = _authors(pairs)

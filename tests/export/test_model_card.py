@@ -38,6 +38,9 @@ EVALUATION = {
         ("", "unknown"),
         ("see the web page", "unknown"),
         ("COMMITMENT", "unknown"),
+        ("mitigated terms", "unknown"),
+        ("GPLv3 or later", "open"),
+        ("CC-BY-ND-4.0", "closed"),
     ],
 )
 def test_standing_is_read_from_the_words(licence, standing):
