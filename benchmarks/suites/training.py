@@ -107,6 +107,7 @@ def run_training(config: TrainingSuite) -> dict[str, Any]:
 
 def main() -> int:
     config = tyro.cli(TrainingSuite, prog="python -m benchmarks.suites.training", description=__doc__)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     figures = run_training(config)
     write_json(Path(config.out) / "summary.json", figures)
     for name, value in figures.items():
