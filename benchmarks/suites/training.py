@@ -38,6 +38,9 @@ from runtime.files import write_json
 from runtime.pairs import open_pairs
 
 
+SAMPLES = 320_000
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSuite:
     run: str = "out/demo"
@@ -64,14 +67,15 @@ def run_training(config: TrainingSuite) -> dict[str, Any]:
         build_tokenizer(model.config.text.vocab_size, Path(folder) / "tokenizer.json")
         tokenizer = open_tokenizer(folder, model.config)
         data = ReinforcedPairs(open_pairs(place.train), store, preprocess_config(model.config), tokenizer, seed=0, caption_mix=recipe.caption_mix, teachers=followed.numbers)
-    total = config.rounds * config.steps + 20
+    # As long as a run of 320 thousand samples: what is written every half percent is to weigh as it does there.
+    total = max(SAMPLES // recipe.batch_size, config.rounds * config.steps + 20)
     plan = Plan(text_steps=0, steps=total, batch_size=recipe.batch_size)
     run = start(model, recipe)
     basis = basis_of(store, data.rows, followed.numbers, model.config.embed_dim) if recipe.feature else None
     guide = Guide(followed=followed, basis=basis, compute=Compute())
     still = data.batch(0, recipe.batch_size)
     rates: dict[str, list[float]] = {"loop": [], "passes": []}
-    others, shares = [], dict[str, float]()
+    others: list[dict[str, float]] = []
     with closing(load(data, plan.requests(0), config.prefetch_threads)) as batches:
         for round_number in range(-1, config.rounds):  # the first is not counted: caches and allocators settle
             steps = 20 if round_number < 0 else config.steps
@@ -86,7 +90,7 @@ def run_training(config: TrainingSuite) -> dict[str, Any]:
                 divergence.note(total_of({name: float(value) for name, value in terms.items()}, recipe), "pairs", run.step)
                 if run.step % max(1, total // 200) == 0:
                     metrics_line(run, plan, recipe, terms, clock, marks)
-            loop = clock.elapsed()
+            loop, shares = clock.elapsed(), clock.shares()
             began = time.perf_counter()
             for _ in range(steps):
                 training_step(run, plan, recipe, still, guide)
@@ -94,14 +98,13 @@ def run_training(config: TrainingSuite) -> dict[str, Any]:
             if round_number >= 0:
                 rates["loop"].append(steps * recipe.batch_size / loop)
                 rates["passes"].append(steps * recipe.batch_size / passes)
-                shares = clock.shares()
-                others.append(shares["other"])
+                others.append(shares)
     ratios = [one / other for one, other in zip(rates["loop"], rates["passes"], strict=True)]
     return {
         "recipe": config.recipe, "model": config.model, "threads": config.threads, "prefetch_threads": config.prefetch_threads, "batch_size": recipe.batch_size,
         "torch": torch.__version__, "loop_ratio": round(statistics.median(ratios), 3), "loop_ratio_low": round(min(ratios), 3), "loop_ratio_high": round(max(ratios), 3),
-        "other_share": round(statistics.median(others), 4), "loop_samples_per_second": round(statistics.median(rates["loop"]), 1),
-        "passes_samples_per_second": round(statistics.median(rates["passes"]), 1), "time_share": shares,
+        "other_share": round(statistics.median(share["other"] for share in others), 4), "loop_samples_per_second": round(statistics.median(rates["loop"]), 1),
+        "passes_samples_per_second": round(statistics.median(rates["passes"]), 1), "time_share": {part: round(statistics.median(share[part] for share in others), 3) for part in others[0]},
     }  # fmt: skip
 
 
