@@ -37,7 +37,6 @@ from mobileclip.models import create_model
 from runtime.files import write_json
 from runtime.pairs import open_pairs
 
-
 SAMPLES = 320_000
 
 
@@ -104,7 +103,8 @@ def run_training(config: TrainingSuite) -> dict[str, Any]:
         "recipe": config.recipe, "model": config.model, "threads": config.threads, "prefetch_threads": config.prefetch_threads, "batch_size": recipe.batch_size,
         "torch": torch.__version__, "loop_ratio": round(statistics.median(ratios), 3), "loop_ratio_low": round(min(ratios), 3), "loop_ratio_high": round(max(ratios), 3),
         "other_share": round(statistics.median(share["other"] for share in others), 4), "loop_samples_per_second": round(statistics.median(rates["loop"]), 1),
-        "passes_samples_per_second": round(statistics.median(rates["passes"]), 1), "time_share": {part: round(statistics.median(share[part] for share in others), 3) for part in others[0]},
+        "passes_samples_per_second": round(statistics.median(rates["passes"]), 1),
+        "time_share": {part: round(statistics.median(one[part] for one in others), 3) for part in others[0]},
     }  # fmt: skip
 
 
