@@ -71,7 +71,7 @@ def compare_sides(
     return {"k": k, "direction": direction, "seeds": [len(next(iter(side.values()))) for side in ranks], "splits": result}
 
 
-def difference(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 4000) -> dict[str, Any]:
+def difference(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 4000, paired: bool = False) -> dict[str, Any]:
     """B's recall minus A's, its 95 % interval, and the verdict for B.
 
     Queries are resampled together for both sides, the seeds of each side on their own (Owen 2007, "The pigeonhole bootstrap"): seed 0 of two
@@ -80,6 +80,8 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 4000) -
 
     Args:
         a, b: (S, Q) booleans of the same queries in the same order; S may differ.
+        paired: row s of a and row s of b began alike (same first weights, same order of the data), so the seeds are drawn together and what they share
+            drops out of the difference. Never for trainings that were paired by their results.
 
     Raises:
         ValueError: other queries, or none.
@@ -87,10 +89,13 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 4000) -
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.size or not b.size:
         raise ValueError(f"hits have shapes {a.shape} and {b.shape}, expected seeds x queries of the same queries")
+    if paired and len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} seeds cannot be paired")
+    sides = ((1, b - a),) if paired else ((-1, a), (1, b))
     generator, queries = np.random.default_rng(seed), a.shape[1]
     counts = generator.multinomial(queries, np.full(queries, 1 / queries), size=draws)
     drawn = np.zeros(draws)
-    for sign, side in ((-1, a), (1, b)):
+    for sign, side in sides:
         per_seed = counts @ side.T / queries  # (draws, S)
         centre = per_seed.mean(axis=1)
         drawn += sign * centre

@@ -55,7 +55,7 @@ def figures_of(experiment: Experiment, jobs: Sequence[Job], tuned: dict[Any, Any
                 continue
             seeds = min(len(hits[name, samples, "trained"]) for name in (reference, arm))
             a, b = (hits[name, samples, "trained"][:seeds] for name in (reference, arm))
-            figures["steps"].append({"arm": arm, "title": title, "against": reference, "samples": samples, **difference(a, b)})
+            figures["steps"].append({"arm": arm, "title": title, "against": reference, "samples": samples, **difference(a, b, paired=True), "not_paired": difference(a, b)})
     same = hits.get(("reinforced", experiment.config.tuning[0], "trained"))
     if same is not None and len(same) >= 2 * experiment.config.seeds:
         count = experiment.config.seeds
@@ -112,7 +112,7 @@ def as_text(figures: dict[str, Any]) -> str:
             note = f"  ({', '.join(sorted(bounds))} for some seeds)" if bounds else ""
             lines.append(f"{world:8} {split:9} {row['median']:6.2f} [{row['low']:.2f}, {row['high']:.2f}], of the mean curves {row['of_means']['ratio']:.2f}{note}")
     if figures["steps"]:
-        lines.append("\nstep by step (difference of recall@5 with its 95 % interval over queries and seeds)")
+        lines.append("\nstep by step (difference of recall@5 with its 95 % interval over queries and seeds; students of one seed began alike and are paired)")
         lines += [_verdict(f"{row['title']} against {row['against']}, {row['samples']:,} samples", row) for row in figures["steps"]]
     if "nested" in figures:
         cut = ", ".join(f"{dim}: {value:.3f}" for dim, value in figures["nested"]["recall5"].items())

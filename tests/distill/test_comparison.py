@@ -55,6 +55,36 @@ def test_a_planted_difference_is_called(recall: float, verdict: str) -> None:
     assert called >= 36
 
 
+def began_alike(rng: np.random.Generator, ease: np.ndarray, seeds: int, recalls: tuple[float, float]) -> list[np.ndarray]:
+    """Two trainings whose seeds came out better or worse together, as those do that share first weights and order."""
+    shared = 0.05 * rng.standard_normal((seeds, 1)) / 0.21
+    levels = [np.log(recall / (1 - recall)) + shared + 0.01 / 0.21 * rng.standard_normal((seeds, 1)) for recall in recalls]
+    return [rng.random((seeds, len(ease))) < 1 / (1 + np.exp(-(level + ease))) for level in levels]
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_pairs_of_seeds_that_do_not_differ(seeds: int) -> None:
+    rng, wrong, alone = np.random.default_rng(4), 0, 0
+    for n in range(100):
+        ease = 2 * rng.standard_normal(200)
+        wrong += difference(*began_alike(rng, ease, seeds, (0.3, 0.3)), seed=n, draws=400, paired=True)["verdict"] != "no significant difference"
+        alone += difference(training(rng, ease, seeds, 0.3), training(rng, ease, seeds, 0.3), seed=n, draws=400, paired=True)["verdict"] != "no significant difference"
+    assert wrong <= 8
+    assert alone <= 8  # pairing what has nothing in common costs power, not honesty
+
+
+def test_pairs_show_what_the_seeds_spread_hides() -> None:
+    rng, paired, apart = np.random.default_rng(5), 0, 0
+    for n in range(25):
+        sides = began_alike(rng, 2 * rng.standard_normal(800), 5, (0.3, 0.23))
+        paired += difference(*sides, seed=n, draws=400, paired=True)["verdict"] == "worse"
+        apart += difference(*sides, seed=n, draws=400)["verdict"] == "worse"
+    assert paired > 2 * apart
+    assert paired >= 13
+    with pytest.raises(ValueError, match="3 and 5 seeds cannot be paired"):
+        difference(sides[0][:3], sides[1], paired=True)
+
+
 def test_a_model_against_itself_has_no_difference_at_all() -> None:
     hits = np.random.default_rng(0).random((1, 50)) < 0.4
     assert difference(hits, hits) == {"difference": 0.0, "low": 0.0, "high": 0.0, "verdict": "no significant difference"}
