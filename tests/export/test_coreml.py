@@ -166,7 +166,7 @@ def test_packages_that_take_a_picture(folded, samples, reference, tmp_path):
     assert list(export.to_coreml_image.drafts(job_of(folded, "text", samples, tmp_path), ("fp16",))) == []
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
 def test_activations_in_eight_bits(tower, folded, samples, reference, tmp_path):
     (draft,) = drafts(job_of(folded, tower, samples, tmp_path), ("w8a8",))
     program = MilProgram.open(tmp_path / draft.path)
@@ -181,7 +181,7 @@ def test_activations_in_eight_bits(tower, folded, samples, reference, tmp_path):
         list(drafts(job_of(folded, tower, samples, tmp_path, ios=16), ("w8a8",)))
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("tower", ["image", pytest.param("text", marks=pytest.mark.slow)])
 def test_batches_of_the_sizes_asked_for(tower, folded, samples, reference, tmp_path):
     (draft,) = drafts(job_of(folded, tower, samples, tmp_path, batches=(4, 8)), ("fp16",))
     assert draft.facts["batches"] == [1, 4, 8]
@@ -193,6 +193,7 @@ def test_batches_of_the_sizes_asked_for(tower, folded, samples, reference, tmp_p
     assert failure("four at once", measure(tower, together, reference), "fp16") is None
 
 
+@pytest.mark.slow
 def test_ranges_are_over_all_rows(folded, samples, tmp_path):
     (draft,) = drafts(job_of(folded, "image", samples, tmp_path), ("fp16",))
     program = MilProgram.open(tmp_path / draft.path)
@@ -201,6 +202,7 @@ def test_ranges_are_over_all_rows(folded, samples, tmp_path):
         assert (low, high) == (min(found[name][0] for found in apart), max(found[name][1] for found in apart))
 
 
+@pytest.mark.slow
 def test_some_operations_stay_in_single_precision(folded, samples, reference, tmp_path):
     (draft,) = drafts(job_of(folded, "text", samples, tmp_path), ("mixed",))
     assert failure(draft.id, measure("text", draft.run(samples.tokens[:12]), reference), "mixed") is None
@@ -209,6 +211,7 @@ def test_some_operations_stay_in_single_precision(folded, samples, reference, tm
     assert not {("layer_norm", "fp16"), ("softmax", "fp16"), ("linear", "fp32")} & kinds
 
 
+@pytest.mark.slow
 def test_text_with_channels_first(folded, samples, reference, tmp_path):
     (draft,) = drafts(job_of(folded, "text", samples, tmp_path, text_layout="channels"), ("fp16",))
     assert failure(draft.id, measure("text", draft.run(samples.tokens[:12]), reference), "fp16") is None
@@ -217,6 +220,7 @@ def test_text_with_channels_first(folded, samples, reference, tmp_path):
     assert counts["linear"] == 0
 
 
+@pytest.mark.slow
 def test_the_feature_map_is_a_second_output(folded, samples, reference, tmp_path):
     (draft,) = drafts(job_of(folded, "image", samples, tmp_path, features=True), ("fp16",))
     program = MilProgram.open(tmp_path / draft.path)

@@ -72,9 +72,9 @@ def picture_for_another_tower(job: Job) -> onnx.ModelProto:
 FAULTS = named(
     [
         Fault(plant=norm_left_out, says="the norm of an embedding differs from 1 by", tower="text"),
-        Fault(plant=picture_for_another_tower, says=r"cosine_min -?0\.\d+ is below 0\.99999", tower="image"),
+        Fault(plant=picture_for_another_tower, says=r"cosine_min -?0\.\d+ is below 0\.99999", tower="image", slow=True),
         Fault(plant=calibrated_on_other_pixels, says=LOST, tower="image", precision="int8", model="outlier"),
-        Fault(plant=one_scale_for_all_weights, says=LOST, tower="image", precision="int8", model="outlier"),
+        Fault(plant=one_scale_for_all_weights, says=LOST, tower="image", precision="int8", model="outlier", slow=True),
         Fault(plant=sums_in_int8, says=LOST, tower="text", precision="int8", model="outlier"),
     ]
 )
