@@ -62,7 +62,7 @@ bench-loading: $(STAMP)
 
 test: $(DEV)
 	$(BIN)/python -m distill.fetch
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --durations=12
 
 test-all: $(DEV)
 	$(BIN)/python -m distill.fetch
