@@ -92,10 +92,30 @@ def test_golden_inputs_are_those_of_the_bundle(kit, pocket_bundle):
     np.testing.assert_array_equal(np.fromfile(kit / "golden/text.bin", np.int32), golden["tokens"].reshape(-1))
 
 
+def errors_of(swift: bytes) -> list[str]:
+    """Lines of Swift source that its grammar does not take."""
+    import tree_sitter_swift
+    from tree_sitter import Language, Parser
+
+    found, nodes = [], [Parser(Language(tree_sitter_swift.language())).parse(swift).root_node]
+    while nodes:
+        node = nodes.pop()
+        if node.is_error or node.is_missing:
+            found.append(swift.splitlines()[node.start_point.row].decode())
+        nodes += node.children
+    return found
+
+
+def test_swift_of_the_kit_is_swift(pocket_bundle):
+    pytest.importorskip("coremltools")
+    swift = (pocket_bundle / "coreml/selfcheck.swift").read_bytes()
+    assert b"MLModel.compileModel" in swift
+    assert errors_of(swift) == []
+    assert errors_of(swift.replace(b"let ", b"let let ", 1))
+
+
 def test_scripts_of_the_mac_are_there_and_refuse_elsewhere(pocket_bundle):
     pytest.importorskip("coremltools")
-    swift = (pocket_bundle / "coreml/selfcheck.swift").read_text()
-    assert "MLModel.compileModel" in swift
     done = subprocess.run([sys.executable, str(pocket_bundle / "coreml/selfcheck.py")], capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: Core ML predicts on macOS only" in done.stderr
