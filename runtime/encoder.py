@@ -244,7 +244,7 @@ def unfit(artefact: Artefact) -> str | None:
     parity = artefact.parity or {}
     if not parity.get("cosine_min", -1.0) >= artefact.cosine_threshold:
         return f"cosine_min {parity.get('cosine_min')} is below {artefact.cosine_threshold}"
-    change = parity.get("recall1_change")
+    change = parity.get("recall1_clear", parity.get("recall1_change"))
     if change is not None and change < RECALL1_CHANGE_MIN:
         return f"recall@1 changes by {change:+.3f}, at most {RECALL1_CHANGE_MIN:+.2f} is let through"
     return None

@@ -27,7 +27,7 @@ REFERENCE = Reference(image=unit(RNG.standard_normal((20, 16))), text=unit(RNG.s
 
 def figures(**changes: float) -> Parity:
     best = {"cosine_min": 1.0, "cosine_p1": 1.0, "cosine_mean": 1.0, "centred_p1": 1.0, "centred_mean": 1.0, "max_abs": 0.0, "rank_agreement": 1.0}
-    return Parity(**{**best, "recall1_change": 0.0, "recall1_low": 0.0, "recall1_high": 0.0, "logit_drift": 0.0, "norm_error": 0.0, "n": 7, **changes})  # type: ignore[arg-type]
+    return Parity(**{**best, "recall1_change": 0.0, "recall1_low": 0.0, "recall1_high": 0.0, "recall1_clear": 0.0, "logit_drift": 0.0, "norm_error": 0.0, "n": 7, **changes})  # type: ignore[arg-type]
 
 
 def test_equal_embeddings_have_perfect_figures():
@@ -53,14 +53,21 @@ def test_pictures_that_the_checkpoint_scores_alike_may_change_places():
     near = unit(picture + 1e-4 * RNG.standard_normal((1, 16)))
     reference = Reference(image=np.concatenate([picture, near, REFERENCE.image[2:]]), text=np.concatenate([picture, near, REFERENCE.text[2:]]))
     swapped = reference.text[[1, 0, *range(2, 20)]]
-    assert measure("text", swapped, reference).rank_agreement == 1
+    parity = measure("text", swapped, reference)
+    assert parity.rank_agreement == 1
+    assert parity.recall1_change == pytest.approx(-2 / 20)  # what is seen is said, and not held against it
+    assert parity.recall1_clear == 0
+    check("text-onnx-fp16", figures(recall1_change=-0.1), "fp16")
     assert measure("text", reference.text[[2, 3, *range(2, 20)]], reference).rank_agreement < 1
 
 
 def test_recall_change_counts_lost_matches():
     aligned = Reference(image=REFERENCE.image, text=REFERENCE.image.copy())
     swapped = aligned.text[[1, 0, *range(2, 20)]]
-    assert measure("text", swapped, aligned).recall1_change == pytest.approx(-2 / 20)
+    parity = measure("text", swapped, aligned)
+    assert parity.recall1_change == parity.recall1_clear == pytest.approx(-2 / 20)
+    with pytest.raises(ParityError, match="recall1_clear -0.100000 is below -0.02"):
+        check("text-onnx-fp16", figures(recall1_clear=-0.1), "fp16")
 
 
 def test_values_that_are_not_finite_fail_every_precision():
