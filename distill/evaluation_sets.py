@@ -81,7 +81,7 @@ def _labelled_folders(folder: Path, classnames: Path | None, templates: Path | N
     if len(folders) < 2:
         raise PairsError(f"'{folder}' has {len(folders)} folders with pictures ({', '.join(EXTENSIONS)}); expected one for each of at least two classes")
     given = classnames or folder / "classnames.txt"
-    names = _lines(given) if given.is_file() or classnames is not None else [inner.name.replace("_", " ") for inner in folders]
+    names = read_lines(given) if given.is_file() or classnames is not None else [inner.name.replace("_", " ") for inner in folders]
     if len(names) != len(folders):
         raise PairsError(f"'{given}' names {len(names)} classes and '{folder}' has {len(folders)} class folders; give one name for each, in the order of the sorted folder names")
     paths = [(path, n) for n, inner in enumerate(folders) for path in _pictures(inner)]
@@ -95,7 +95,7 @@ def _labelled_tars(folder: Path, split: str, classnames: Path | None, templates:
     if (folder / "dataset_type.txt").is_file() and (kind := (folder / "dataset_type.txt").read_text(encoding="utf-8").strip()) not in ("classification", ""):
         raise PairsError(f"'{folder}' is a {kind} set (dataset_type.txt), not one of classes; use --task retrieval for a retrieval set")
     given = classnames or folder / "classnames.txt"
-    names = _lines(given)
+    names = read_lines(given)
     samples = _samples(folder / split, "cls")
     labels = []
     for name, _, value in samples:
@@ -171,7 +171,8 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Class names or templates, one a line; PairsError where there are none."""
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -183,9 +184,12 @@ def _lines(path: Path) -> list[str]:
 
 def _templates(folder: Path, given: Path | None) -> tuple[str, ...]:
     path = given or folder / "zeroshot_classification_templates.txt"
-    if given is None and not path.is_file():
-        return TEMPLATES
-    found = [line.replace("{c}", "{}") for line in _lines(path)]
+    return TEMPLATES if given is None and not path.is_file() else read_templates(path)
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Prompt templates, one a line, the place of the class's name as {}; PairsError for one without."""
+    found = [line.replace("{c}", "{}") for line in read_lines(path)]
     if bad := [line for line in found if line.count("{}") != 1]:
         raise PairsError(f"the template {bad[0]!r} of '{path}' has no place for the class's name; expected one {{}} or {{c}} in each")
     return tuple(found)

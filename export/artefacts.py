@@ -30,6 +30,7 @@ TARGETS = {
     "ort": "export.to_ort",
     "coreml": "export.to_coreml",
     "coreml-image": "export.to_coreml_image",
+    "coreml-classifier": "export.to_coreml_classifier",
     "coreai": "export.to_coreai",
     "tensorrt": "export.to_tensorrt",
     "openvino": "export.to_openvino",
@@ -52,7 +53,7 @@ def allowed_pairs() -> dict[str, tuple[str, ...]]:
 
 
 def parse_targets(target: str, precision: str) -> dict[str, tuple[str, ...]]:
-    """Comma-separated lists to the precisions to make of each target; "all" is every target.
+    """Comma-separated lists to the precisions to make of each target; "all" is every target but `coreml-classifier`, which needs class names.
 
     The onnx target always has fp32 beside what is asked: others are compared with it.
 
@@ -62,7 +63,7 @@ def parse_targets(target: str, precision: str) -> dict[str, tuple[str, ...]]:
     wanted = list(dict.fromkeys(name.strip() for name in target.split(",") if name.strip()))
     precisions = list(dict.fromkeys(name.strip() for name in precision.split(",") if name.strip()))
     pairs = allowed_pairs()
-    targets = list(pairs) if "all" in wanted else wanted
+    targets = [name for name in pairs if name != "coreml-classifier" or name in wanted] if "all" in wanted else wanted
     known = list(dict.fromkeys(name for names in pairs.values() for name in names))
     for kind, names, expected in (("target", targets, list(pairs)), ("precision", precisions, known)):
         unknown = [name for name in names if name not in expected]
@@ -87,7 +88,7 @@ class Maker:
         folder: the bundle under construction.
         targets: target to precisions, as `parse_targets` gives them.
         say: takes one line of progress.
-        allowed: from precision.json: tower to target to precisions; None allows all.
+        allowed: from precision.json: tower to target to precisions; None, or a target that is not there, allows all.
         keep_failed: leave the files of what is refused, marked as failed.
     """
 
@@ -128,7 +129,7 @@ class Maker:
         wanted = self.targets[target]
         if self.allowed is None:
             return wanted
-        return tuple(p for p in wanted if p in self.allowed[tower].get(target, []) or (target, p) == ("onnx", "fp32"))
+        return tuple(p for p in wanted if p in self.allowed[tower].get(target, wanted) or (target, p) == ("onnx", "fp32"))
 
     def _parity(self, draft: Draft) -> Parity | None:
         if draft.run is None:

@@ -23,12 +23,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from distill.evaluate import TorchEncoder
 from distill.progress import stamped_lines
 from export.artefacts import Maker, converter, parse_targets
 from export.golden import write_golden_inputs
 from export.latency_gate import processor
 from export.licences import require_commercial, third_party, works
 from export.model_card import model_card, read_evaluation
+from export.to_coreml_classifier import read_classes
 from export.towers import TOWERS, choose_rows, read_samples
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
@@ -59,7 +61,7 @@ class ExportConfig:
     target: str = "onnx"
     """Comma-separated: onnx, coreml, coreai, tensorrt, openvino, litert, executorch, qnn, hf (transformers.js), or all. Each is an extra of the same name,
     but for onnx and hf (export). Other forms: onnx-pixels (from a picture's bytes on), onnx-eot (text without ArgMax), ort (ONNX Runtime's own format),
-    coreml-image (takes a picture)."""
+    coreml-image (takes a picture), coreml-classifier (of --classnames)."""
     precision: str = "fp32,fp16,int8"
     """Comma-separated, fp32, fp16, mixed, int8, palette8, palette6, palette4, sparse, a16w8: each target is made in those of them that it knows, onnx always in fp32
     too."""
@@ -85,6 +87,10 @@ class ExportConfig:
     """Core ML: the image tower also gives its last feature map, before pooling."""
     multifunction: bool = False
     """Core ML: also both towers in one package of two functions, sharing what they can (iOS 18)."""
+    classnames: Path | None = None
+    """Core ML classifier: file of the names of its classes, one a line."""
+    templates: Path | None = None
+    """Core ML classifier: file of prompt templates, one a line with {} or {c}."""
     keep_failed: bool = False
     """Leave the files of artefacts that do not pass, marked as failed; no reader picks them."""
     name: str | None = None
@@ -119,6 +125,8 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     """
     targets = parse_targets(config.target, config.precision)
     _check_numbers(config)
+    if ("coreml-classifier" in targets) != (config.classnames is not None):
+        raise RecipeError("--target coreml-classifier and --classnames, a file with the name of a class on each line, need each other; give both or none")
     for target in targets:
         converter(target).require()
     place = Path(os.path.abspath(config.bundle))
@@ -132,6 +140,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     if config.commercial:
         require_commercial(parties)
     tokenizer = open_tokenizer(config.checkpoint, model.config)
+    classes = None if config.classnames is None else read_classes(config.classnames, config.templates, TorchEncoder(model, tokenizer))
     pixels = preprocess_config(model.config)
     pairs = open_pairs(config.pairs)
     compared, calibrated, golden = choose_rows(len(pairs), (config.samples, config.calibration, config.golden), config.seed)
@@ -145,7 +154,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     if report is not None:
         say(f"reparameterised: {report.parameters_before:,} to {report.parameters_after:,} parameters, largest difference {report.max_abs:.1e}")
 
-    settings = {name: getattr(config, name) for name in ("ios", "batches", "text_layout", "features", "multifunction")}
+    settings = {name: getattr(config, name) for name in ("ios", "batches", "text_layout", "features", "multifunction")} | {"classes": classes}
     with _whole_bundle(place) as work:
         maker = Maker(
             model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets,

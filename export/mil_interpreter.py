@@ -126,7 +126,7 @@ class MilProgram:
         found: dict[str, tuple[float, float]] = {}
 
         def see(name: str, value: Tensor) -> None:
-            if value.is_floating_point() and value.numel():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
                 low, high = float(value.min()), float(value.max())
                 before = found.get(name, (low, high))
                 found[name] = min(low, before[0]), max(high, before[1])
@@ -142,7 +142,7 @@ class MilProgram:
             inputs: one array per program input, by its name, of the declared shape.
 
         Returns:
-            The outputs by name: float32 or int32 arrays.
+            The outputs by name: float32 or int32 arrays; of a classifier also the label and its dictionary of probabilities.
         """
         values = self._evaluate(inputs)
         return {name: _plain(values[name]) for name in self.outputs}
@@ -176,8 +176,8 @@ class MilProgram:
                 see(variable.name, values[variable.name])
         return values
 
-    def _rounded(self, value: Tensor, variable: Any) -> Tensor:
-        if not value.is_floating_point():
+    def _rounded(self, value: Any, variable: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         if self.half and variable.dtype.__name__ == "fp16":
             return value.to(torch.float16).to(torch.float32)
@@ -207,15 +207,17 @@ def _is_integer(value: Any) -> bool:
     return getattr(value, "op", None) is not None and value.op.op_type != "const" and getattr(value.dtype, "__name__", "").startswith(("int", "uint"))
 
 
-def _plain(value: Any) -> np.ndarray:
-    return torch.as_tensor(value).numpy()
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | dict) else torch.as_tensor(value).numpy()
 
 
 def _constant(operation: Any) -> Any:
-    """A constant as torch (float32 for floats: float16 values are kept exactly) or as a Python string or boolean."""
+    """A constant as torch (float32 for floats: float16 values are kept exactly) or as a Python string, boolean or list of strings."""
     value = operation.outputs[0].val
     if value is None:  # compressed constants are expanded by their own definition
         value = operation.materialized_val_inference()
+    if isinstance(value, list):
+        return [str(entry) for entry in value]
     if isinstance(value, str | bool | np.bool_):
         return value if isinstance(value, str) else bool(value)
     array = np.asarray(value)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Result = Tensor | tuple[Tensor, ...]
+Result = Tensor | tuple[Any, ...]
 OPERATIONS: dict[str, Callable[..., Result]] = {}
 
 _CASTS = {
@@ -350,6 +350,12 @@ def reduce_arg(x: Tensor, axis: int = -1, keep_dims: bool = False, output_dtype:
 
 
 OPERATIONS["reduce_argmin"] = lambda **inputs: reduce_arg(**inputs, smallest=True)
+
+
+@_operation("classify")
+def classify(probabilities: Tensor, classes: list[str]) -> tuple[str, dict[str, float]]:
+    values = probabilities.reshape(-1)
+    return classes[int(values.argmax())], dict(zip(classes, values.tolist(), strict=True))
 
 
 @_operation("cumsum")

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ FLOAT_ROWS, LOSSY_ROWS = 32, 128  # the interpreter is slower than a compiled ru
 KEPT_SINGLE = ("layer_norm", "softmax", "reduce_l2_norm", "reduce_mean", "reduce_sum", "real_div", "sqrt", "rsqrt")
 """Operations that "mixed" leaves in float32: where sums and small differences lose most in float16."""
 FEATURES = "feature_map"
+Head = Callable[[Encoder], tuple[nn.Module, list[str], dict[str, Any]]]
+"""What follows an encoder of pictures: the module that holds both, the names of its outputs, further arguments of coremltools' `convert` ("preview": metadata)."""
 LEAST_WEIGHTS = 2048  # smaller tensors are not worth the loss
 
 _NAMESPACE = uuid.UUID("6f0f6a52-6f39-5c0e-9a5b-2d1f0f5a7c11")  # fixed, so that identifiers depend on the item alone
@@ -64,14 +66,14 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
     yield from packages(job, precisions, "coreml")
 
 
-def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool = False) -> Iterator[Draft]:
-    """Drafts of `convert`'s packages. picture: as there."""
+def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool = False, head: Head | None = None) -> Iterator[Draft]:
+    """Drafts of `convert`'s packages. picture, head: as there."""
     float16: Any = None
     for precision in precisions:
         if precision in ("fp32", "mixed"):
-            converted = convert(job, precision, picture=picture)
+            converted = convert(job, precision, picture=picture, head=head)
         else:
-            float16 = float16 or convert(job, picture=picture)
+            float16 = float16 or convert(job, picture=picture, head=head)
             if precision == "fp16":
                 converted = float16
             else:
@@ -136,12 +138,13 @@ def join(bundle: Path, packages: Mapping[str, Artefact]) -> list[Artefact]:
     return made
 
 
-def convert(job: Job, precision: str = "fp16", *, picture: bool = False) -> Any:
+def convert(job: Job, precision: str = "fp16", *, picture: bool = False, head: Head | None = None) -> Any:
     """One tower as a coremltools model in memory: pixels (1, 3, H, W) float32 or tokens (1, T) int32 to the embedding (1, D) float32, unit norm.
 
     Args:
         precision: "fp32", "fp16", or "mixed": float16 but for the operations of `KEPT_SINGLE`.
         picture: the image tower takes an RGB picture of 8 bits a channel, and scales and shifts it itself.
+        head: what follows the encoder.
     """
     ct = import_coremltools("exporting to Core ML")
     encoder = job.encoder(rescale=True)
@@ -152,6 +155,9 @@ def convert(job: Job, precision: str = "fp16", *, picture: bool = False) -> Any:
     if job.tower == "image" and job.convert.get("features"):
         module, names = WithFeatures(encoder), [encoder.output_name, FEATURES]
     entries: dict[str, Any] = {}
+    if head is not None:
+        module, names, entries = head(encoder)
+    preview = entries.pop("preview", {})
     batches = _batches(job, picture)
     if len(batches) > 1:
         shapes = ct.EnumeratedShapes(shapes=[(size, *row.shape[1:]) for size in batches], default=tuple(row.shape))
@@ -182,6 +188,7 @@ def convert(job: Job, precision: str = "fp16", *, picture: bool = False) -> Any:
         if given != encoder.input_name:
             ct.utils.rename_feature(specification, given, encoder.input_name, rename_outputs=False)
         _describe(specification.description, job)
+        specification.description.metadata.userDefined.update(preview)
         return ct.models.MLModel(specification, weights_dir=converted.weights_dir, skip_model_load=True)
 
 
@@ -245,7 +252,8 @@ def _describe(description: Any, job: Job) -> None:
     description.input[0].shortDescription = (
         f"RGB picture, {config.image.image_size} x {config.image.image_size}" if job.tower == "image" else "token ids of tokenizer.json, padded to the full length"
     )
-    description.output[0].shortDescription = "embedding of unit norm"
+    for output in description.output:
+        output.shortDescription = {OUTPUT_NAMES[job.tower]: "embedding of unit norm", "label": "the most probable class"}.get(output.name, "")
 
 
 def compress(model: Any, precision: str) -> Any:
@@ -360,7 +368,9 @@ def make_reproducible(package: Path) -> None:
     for model_path in sorted(package.rglob("*.mlmodel")):
         specification = Model_pb2.Model()
         specification.ParseFromString(model_path.read_bytes())
-        specification.description.metadata.ClearField("userDefined")
+        added = specification.description.metadata.userDefined
+        for key in [key for key in added if not key.startswith("com.apple.")]:  # a date, and versions that the manifest has
+            del added[key]
         for function in specification.mlProgram.functions.values():
             for block in function.block_specializations.values():
                 for operation in block.operations:

@@ -31,7 +31,7 @@ def main():
     golden = load_file(args.bundle / manifest["golden"]["vectors"])
     failed = False
     for artefact in manifest["artefacts"]:
-        if artefact["target"] not in ("coreml", "coreml-image") or artefact["path"] is None:
+        if artefact["target"] not in ("coreml", "coreml-image", "coreml-classifier") or artefact["path"] is None:
             continue
         tower, spec = artefact["tower"], manifest[artefact["tower"]]
         inputs, wanted = golden["pixels" if tower == "image" else "tokens"], golden[tower + "_embedding"]
@@ -56,7 +56,7 @@ def main():
 
 def given(artefact, spec, row):
     """A golden row as the package takes it: a tensor, or a picture whose scale and shift are inside."""
-    if artefact["target"] != "coreml-image":
+    if artefact["target"] == "coreml":
         return row[None]
     from PIL import Image
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distill.reinforce import ReinforceConfig, reinforce
+from export.artefacts import Maker
 from export.bundle import read_precisions
 from export.compress import CompressConfig, compress, main
 from mobileclip.checkpoint import load_checkpoint, verify_receipt
@@ -94,3 +96,14 @@ def test_command_line(settings, capsys):
     output = capsys.readouterr()
     assert json.loads(output.out)["prune"]["ratio"] == 0.25
     assert output.out.count("\n") == 1
+
+
+def test_what_precision_json_does_not_name_is_not_restricted():
+    """A target that was added after the compression."""
+    allowed = {tower: {"onnx": ["fp32"], "coreml": ["fp16"]} for tower in ("image", "text")}
+    nothing: Any = None
+    targets = {"onnx": ("fp32", "int8"), "coreml": ("fp32", "fp16"), "coreml-image": ("fp32", "fp16")}
+    maker = Maker(
+        model=nothing, samples=nothing, reference=nothing, calibration=nothing, folder=nothing, targets=targets, say=lambda line: None, allowed=allowed
+    )
+    assert {target: maker._precisions("image", target) for target in targets} == {"onnx": ("fp32",), "coreml": ("fp16",), "coreml-image": ("fp32", "fp16")}
