@@ -43,7 +43,7 @@ from runtime.pairs import Pairs, open_pairs
 from runtime.preprocess import PreprocessConfig
 
 _PACKAGES = (
-    "torch", "timm", "onnx", "onnxscript", "onnxruntime", "coremltools", "tensorrt-rtx-cu13", "openvino", "nncf", "litert-torch", "ai-edge-litert",
+    "torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "coremltools", "tensorrt-rtx-cu13", "openvino", "nncf", "litert-torch", "ai-edge-litert",
     "ai-edge-quantizer", "executorch", "torchao", "coreai-torch", "coreai-core", "coreai-opt", "onnxruntime-qnn", "numpy",
 )  # fmt: skip
 

@@ -30,6 +30,8 @@ EXTRA = "export"
 OPSET = 20  # the first with Gelu; LayerNormalization came with 17
 HALF_MAX = 65504.0
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit, less some room
+_FUSIONS = ("FusionConcatReshape", "FusionConvAdd", "FusionConvTransposeAdd", "FusionConvBN", "FusionConvTransposeBN", "FusionConvMul", "FusionConvTransposeMul",
+            "FusionGemm", "FusionGemmMul", "FusionGemmAdd", "FusionPadConv", "FusionReduce")  # fmt: skip
 LARGE = "model.onnx"  # inside the folder of a graph above it
 STATIC_ROWS = 64  # the static variant differs from the other in one dimension of its shapes
 Batch = Literal["dynamic", "1"]
@@ -92,7 +94,7 @@ def export_onnx(encoder: Encoder, example: np.ndarray, *, batch: Batch = "dynami
         )
     if program is None:
         raise ParityError(f"torch returned no ONNX program for the {encoder.kind} tower")
-    model = program.model_proto
+    model = slim(program.model_proto)
     strip(model)
     onnx.checker.check_model(model)
     check_whole(model, encoder, rows)
@@ -115,8 +117,20 @@ def with_batch_1(model: onnx.ModelProto, *, fold: bool = True) -> onnx.ModelProt
     if fold:
         with quiet("onnxscript", "onnx_ir"):
             fixed = onnxscript.optimizer.optimize(fixed)
+    fixed = slim(fixed)
     strip(fixed)
     return fixed
+
+
+def slim(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph without what computes nothing: additions of zero, shape arithmetic whose result is known, repeated constants (onnxslim). Nothing is fused: runtimes
+    fuse better than a converter that does not know them. Models that protobuf cannot hold whole stay as they are."""
+    if model.ByteSize() > MOST_BYTES:
+        return model
+    import onnxslim
+
+    with quiet("onnxslim"):
+        return onnxslim.slim(model, skip_fusion_patterns=list(_FUSIONS))
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -207,7 +221,7 @@ def serialize(model: onnx.ModelProto) -> bytes:
 
 
 def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> Path:
-    """Write under a temporary name, then rename.
+    """Write under a temporary name, then rename. Shapes of all values are inferred and written too: compilers of some devices want them.
 
     Returns:
         The file; for graphs above `most_bytes` (protobuf takes 2 GB) a folder of the same name without ".onnx", with `model.onnx` and its weights in
@@ -216,7 +230,7 @@ def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str], *, most_byt
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if model.ByteSize() <= most_bytes:
-        return write_whole(path, serialize(model))
+        return write_whole(path, serialize(onnx.shape_inference.infer_shapes(model, data_prop=True)))
     with whole_folder(path.with_suffix("")) as part:
         part.mkdir()
         copied = onnx.ModelProto()
