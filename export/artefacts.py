@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ def parse_targets(target: str, precision: str) -> dict[str, tuple[str, ...]]:
 class Maker:
     """Everything that making artefacts needs.
 
+    A precision that costs accuracy and that a converter cannot make of this model is refused with what the converter said; a float precision that it cannot make
+    ends the export.
+
     Attributes:
         model: the `ImageTextModel` to export, reparameterised.
         reference: the checkpoint's embeddings of `samples`.
@@ -116,7 +119,7 @@ class Maker:
         drafts: list[tuple[Draft, Parity | None]] = []
         for target in self.targets:
             (self.folder / target).mkdir(exist_ok=True)
-            for draft in converter(target).drafts(job, self._precisions(tower, target)):
+            for draft in self._drafts(job, target):
                 parity = self._parity(draft)
                 if parity is not None and draft.target == "onnx" and draft.precision == "fp32" and (problem := failure(draft.id, parity, "fp32", self.thresholds)):
                     raise ParityError(f"{problem}: the artefact does not compute what the checkpoint computes, and is not shipped")
@@ -124,6 +127,19 @@ class Maker:
                 drafts.append((draft, parity))
         times = self._times(tower, [draft for draft, _ in drafts])
         return [self._judged(draft, parity, times, untrained) for draft, parity in drafts]
+
+    def _drafts(self, job: Job, target: str) -> Iterator[Draft]:
+        precisions = self._precisions(job.tower, target)
+        if floats := tuple(precision for precision in precisions if precision in FLOATS):
+            yield from converter(target).drafts(job, floats)
+        for precision in precisions:
+            if precision in FLOATS:
+                continue
+            try:
+                made = list(converter(target).drafts(job, (precision,)))
+            except ParityError as error:
+                made = [Draft(tower=job.tower, target=target, precision=precision, path="", run=None, how="not made", problem=str(error))]
+            yield from made
 
     def _precisions(self, tower: Tower, target: str) -> tuple[str, ...]:
         wanted = self.targets[target]
@@ -151,10 +167,10 @@ class Maker:
         if lossy and untrained and parity is not None and parity.cosine_min > -1:
             status, reason = "unproven", untrained
         if status == "refused":
-            if self.keep_failed:
+            if self.keep_failed and draft.path:
                 status = "failed"
             else:
-                _remove(self.folder / draft.path)
+                self._remove(draft)
         latency = None if own is None else {**figures(own, against), "runtime": draft.how}
         beside = f", {against.median:.2f} of fp32" if against else ""
         timed = f", {latency['p50_ms']:.2f} ms on one thread{beside}" if latency else ""
@@ -165,8 +181,22 @@ class Maker:
             parity=None if parity is None else {**parity.as_dict(), "how": draft.how}, latency=latency, facts=draft.facts or None,
         )  # fmt: skip
 
+    def _remove(self, draft: Draft) -> None:
+        """The files of a draft, or what a converter left of one that it did not finish; the target's folder too where it is the last."""
+        folder = self.folder / draft.target
+        for path in [self.folder / draft.path] if draft.path else list(folder.glob(f"{draft.tower}.{draft.precision}*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for path in ((self.folder / draft.path).parent, folder) if draft.path else (folder,):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
     def _problem(self, draft: Draft, parity: Parity | None, against: Ratio | None) -> str | None:
         """Why an artefact is not worth shipping, with the figure; None when it is."""
+        if draft.problem:
+            return draft.problem
         if parity is None:
             return f"nothing here runs it: {draft.how}"
         problem = failure(draft.id, parity, draft.precision, self.thresholds)
@@ -178,15 +208,6 @@ class Maker:
                 f"({against.level:.0%} interval {against.low:.2f} to {against.high:.2f}, expected below 0.99)"
             )
         return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    if path.parent.is_dir() and not any(path.parent.iterdir()):
-        path.parent.rmdir()
 
 
 def _sentence(parity: Parity | None) -> str:

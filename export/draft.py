@@ -40,6 +40,7 @@ class Job:
         folder: the bundle under construction; a converter writes below `folder / target`.
         say: takes one line of progress.
         convert: the target's own settings from `ExportConfig`, for instance the Core ML deployment target.
+        made: what converters keep of one precision for the next.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class Job:
     folder: Path
     say: Callable[[str], None] = lambda line: None
     convert: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> np.ndarray:
@@ -109,6 +111,7 @@ class Draft:
         timed: whether `run` is this artefact's own runtime at the user's settings, so that its time here means something.
         most_rows: evaluate no more rows than this (an interpreter is slow); None: all.
         facts: what the manifest keeps beside the parity: layers, partitions, sizes, what a build said.
+        problem: why there is no file: what the converter said.
     """
 
     tower: Tower
@@ -122,6 +125,7 @@ class Draft:
     timed: bool = False
     most_rows: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
 
     @property
     def id(self) -> str:

@@ -68,12 +68,11 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
 
 def packages(job: Job, precisions: Sequence[str], target: str, *, picture: bool = False, head: Head | None = None) -> Iterator[Draft]:
     """Drafts of `convert`'s packages. picture, head: as there."""
-    float16: Any = None
     for precision in precisions:
         if precision in ("fp32", "mixed"):
             converted = convert(job, precision, picture=picture, head=head)
         else:
-            float16 = float16 or convert(job, picture=picture, head=head)
+            float16 = job.made[target] = job.made.get(target) or convert(job, picture=picture, head=head)
             if precision == "fp16":
                 converted = float16
             else:
@@ -271,7 +270,12 @@ def compress(model: Any, precision: str) -> Any:
             config = cto.OptimizationConfig(global_config=cto.OpPalettizerConfig(mode="kmeans", nbits=int(precision.removeprefix("palette")), weight_threshold=LEAST_WEIGHTS))
             return cto.palettize_weights(model, config)
         if precision == "int8":
-            config = cto.OptimizationConfig(global_config=cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_WEIGHTS))
+            weights = cto.get_weights_metadata(model, weight_threshold=LEAST_WEIGHTS)
+            # Left as they are: coremltools takes the width of a range in float16, where it overflows.
+            wide = {name: None for name, weight in weights.items() if np.abs(np.asarray(weight.val, np.float32)).max() > HALF_MAX / 2}
+            config = cto.OptimizationConfig(
+                global_config=cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_WEIGHTS), op_name_configs=wide
+            )
             return cto.linear_quantize_weights(model, config)
         config = cto.OptimizationConfig(global_config=cto.OpMagnitudePrunerConfig(target_sparsity=0.5, weight_threshold=LEAST_WEIGHTS))
         return cto.prune_weights(model, config)

@@ -42,9 +42,8 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
         ParityError: LiteRT lacks an operation of the tower.
     """
     require()
-    single = b""
     for precision in precisions:
-        single = single or convert(job)
+        single = job.made["litert"] = job.made.get("litert") or convert(job)
         path = f"litert/{job.tower}.{precision}.tflite"
         (job.folder / path).parent.mkdir(parents=True, exist_ok=True)
         run = LiteRtEncoder(write_whole(job.folder / path, single if precision == "fp32" else quantize(single)))

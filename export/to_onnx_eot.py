@@ -37,7 +37,7 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
 
     if job.tower != "text" or job.model.config.text.pool != "eot":
         return
-    onehot = export_onnx(onehot_encoder(job), job.rows)
+    onehot = job.made["onnx-eot"] = job.made.get("onnx-eot") or export_onnx(onehot_encoder(job), job.rows)
     if "ArgMax" in operation_counts(onehot):
         raise ParityError("the text tower's graph still has an ArgMax with the one-hot pool; report the model's configuration")
     for precision in precisions:

@@ -19,6 +19,7 @@ import pytest
 
 import export.artefacts
 import export.to_onnx
+import export.to_tensorrt
 import runtime
 from export.artefacts import TARGETS, parse_targets
 from export.bundle import ExportConfig, export_bundle, main
@@ -297,6 +298,24 @@ def test_precision_that_loses_too_much_is_refused_or_kept_and_marked(settings, t
     assert all((settings.bundle / artefact.path).is_file() for artefact in lossy)
     read_manifest(settings.bundle)
     assert all(entry["ok"] for entry in selfcheck(settings.bundle)["artefacts"])  # marked, never picked
+
+
+def test_int8_that_a_converter_cannot_make_is_refused_with_what_it_said(settings, trained, monkeypatch):
+    def half_done(job, precision):
+        model = typed(job, precision)
+        if (precision, job.tower) == ("int8", "text"):
+            (job.folder / "tensorrt/text.int8.onnx").write_bytes(b"half")
+            raise ParityError("the operation Odd has no int8 form")
+        return model
+
+    typed = export.to_tensorrt.typed_onnx
+    monkeypatch.setattr(export.to_tensorrt, "typed_onnx", half_done)
+    manifest = export_bundle(dataclasses.replace(settings, target="onnx,tensorrt", precision="fp32,int8"))
+    refused = manifest.artefact("text-tensorrt-int8")
+    assert (refused.status, refused.path, refused.reason) == ("refused", None, "the operation Odd has no int8 form")
+    assert sorted(path.name for path in (settings.bundle / "tensorrt").glob("text*")) == ["text.fp32.onnx"]
+    assert {artefact.status for artefact in manifest.artefacts if artefact.precision == "fp32"} == {"proven"}
+    read_manifest(settings.bundle)
 
 
 def test_a_broken_float_artefact_costs_the_exit_code_and_not_the_others(settings, trained, monkeypatch, capsys):

@@ -142,6 +142,30 @@ def test_weights_in_fewer_bits_are_smaller_and_further_away(pocket_bundle, pocke
     assert sizes["sparse"] < 0.8 * sizes["fp16"]
 
 
+def test_a_weight_whose_range_overflows_float16_is_left_as_it_is(tmp_path):
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.plain = nn.Linear(12, 256), nn.Linear(256, 128)
+            with torch.no_grad():
+                self.wide.weight[3, 5] = 48067
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.plain(self.wide(x.flatten(1)).clamp(-1, 1))
+
+    class Model(nn.Module):
+        image = Tower()
+
+    pixels = np.random.default_rng(0).standard_normal((4, 3, 2, 2)).astype(np.float32)
+    (draft,) = drafts(job_of(Model(), "image", rows_of("image", pixels), tmp_path), ("int8",))
+    forms = {form for _, form, _ in MilProgram.open(tmp_path / draft.path).weights()}
+    assert len(forms) == 2
+    assert "const" in forms
+    with torch.no_grad():
+        expected = nn.functional.normalize(Model().image(torch.from_numpy(pixels)), dim=-1).numpy()
+    assert (draft.run(pixels) * expected).sum(1).min() > 0.999
+
+
 @pytest.mark.parametrize("precision", ["palette6", pytest.param("int8", marks=pytest.mark.slow)])
 def test_compressed_weights_are_reproducible(precision, pocket_checkpoint, samples, tmp_path):
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
