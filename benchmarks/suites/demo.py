@@ -198,8 +198,8 @@ def _export(checkpoint: Path, bundle: Path, samples: str, targets: str, config: 
 def _evaluate(group: str, inputs: list[Path], place: Layout, stages: Stages) -> None:
     from benchmarks.suites import figures
 
-    last = figures.GROUPS[group][-1]
-    stages.run(f"evaluate-{group}", [["benchmarks.suites.figures", str(place.out), group]], inputs=inputs, outputs=[figures.evaluation_path(place.out, last)])
+    written = [figures.evaluation_path(place.out, name) for name in figures.GROUPS[group] if name not in figures.INT8]
+    stages.run(f"evaluate-{group}", [["benchmarks.suites.figures", str(place.out), group]], inputs=inputs, outputs=written)
 
 
 def _stamps(place: Layout, stages: Stages) -> None:
@@ -248,10 +248,15 @@ def main(argv: list[str]) -> int:
     """`mclip demo`."""
     import tyro
 
+    from benchmarks.suites import figures
+
     config = tyro.cli(DemoConfig, args=argv, prog="mclip demo", description=__doc__)
     summary, table = run_demo(config)
     _say(json.dumps(summary, indent=1))
     _say(f"\n{table}\n")
+    for name, bundle in figures.INT8.items():
+        if not figures.int8_towers(config.out, bundle):
+            _say(f"{name}: no row, because no int8 ONNX of either tower passed; {config.out / bundle}/manifest.json says what each lacks")
     _say(
         f"{summary['search_hits_of_20']} of the README's 20 queries find their picture among the first five; this run took {summary['run_minutes']:.1f} minutes "
         f"after installation, at most {summary['peak_memory_gib']:.1f} GiB of memory, {summary['disk_gb']:.1f} GB of disk"
