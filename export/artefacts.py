@@ -124,6 +124,8 @@ class Maker:
                 if parity is not None and draft.target == "onnx" and draft.precision == "fp32" and (problem := failure(draft.id, parity, "fp32", self.thresholds)):
                     raise ParityError(f"{problem}: the artefact does not compute what the checkpoint computes, and is not shipped")
                 self.say(f"{draft.id}: {_sentence(parity)}, {draft.how}")
+                if not draft.timed:
+                    draft.run = None  # it holds all weights of a tower, and a dozen of them are made
                 drafts.append((draft, parity))
         times = self._times(tower, [draft for draft, _ in drafts])
         return [self._judged(draft, parity, times, untrained) for draft, parity in drafts]
