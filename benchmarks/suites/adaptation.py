@@ -26,7 +26,7 @@ from distill.languages import read_texts
 from distill.recipes import RECIPES
 from distill.weight_average import sweep
 from mobileclip.checkpoint import load_checkpoint
-from runtime.evaluation import embed_gallery, retrieval
+from runtime.evaluation import Encoder, Gallery, embed_gallery, retrieval
 from runtime.files import write_json
 from runtime.pairs import Pairs, open_pairs
 
@@ -103,16 +103,29 @@ def _languages(config: AdaptationConfig, place: Layout, out: Path, stages: Stage
           "--steps", str(config.steps), "--threads", "2", "--seed", str(config.seed)]],
         inputs=[place.student / "receipt.json", pivot, *files.values()], outputs=[student / "receipt.json"],
     )  # fmt: skip
-    pairs, found = open_pairs(place.test), dict[str, Any]()
-    for name, folder, asked in (("before", place.student, {PIVOT: pivot, **files}), ("after", student, {PIVOT: pivot, **files})):
-        found |= {f"{language}_{name}_{key}": value for language, path in asked.items() for key, value in _asked(folder, pairs, path).items()}
+    pairs = open_pairs(place.test)
+    labels = {language: read_texts(path) for language, path in {PIVOT: pivot, **files}.items()}
+    named = set.intersection(*map(set, labels.values()))
+    found: dict[str, Any] = {}
+    for name, folder in (("before", place.student), ("after", student)):
+        encoder = open_encoder(folder)
+        gallery = _only(embed_gallery(encoder, pairs), named)
+        found["language_pictures"] = len(gallery.keys)
+        for language, texts in labels.items():
+            found |= {f"{language}_{name}_{key}": value for key, value in _asked(encoder, pairs, asked_in(gallery, texts, language)).items()}
     return found
 
 
-def _asked(folder: Path, pairs: Pairs, texts: Path) -> dict[str, float]:
+def _only(gallery: Gallery, concepts: set[str]) -> Gallery:
+    """The pictures of these concepts: every language is asked about the same ones."""
+    kept = [place for place, group in enumerate(gallery.groups) if group in concepts]
+    lists = {name: [getattr(gallery, name)[place] for place in kept] for name in ("rows", "keys", "texts", "groups", "meta")}
+    return dataclasses.replace(gallery, embeddings=gallery.embeddings[kept], **lists)
+
+
+def _asked(encoder: Encoder, pairs: Pairs, gallery: Gallery) -> dict[str, float]:
     """Recall@5 of texts among pictures on trained and on held-out concepts, and zero-shot accuracy among all labels of the language."""
-    encoder = open_encoder(folder)
-    result = retrieval(encoder, pairs, ks=(1, 5), gallery=asked_in(embed_gallery(encoder, pairs), read_texts(texts), str(texts)))
+    result = retrieval(encoder, pairs, ks=(1, 5), gallery=gallery)
     to_image = result["text_to_image"]
     return {
         **{split: round(to_image[split]["recall@5"]["value"], 4) for split in ("trained", "held_out") if split in to_image},
@@ -128,7 +141,8 @@ def as_text(figures: dict[str, Any]) -> str:
         cells = [f"{figures[f'{arm}_{float(share):g}_domain']:.3f} / {figures[f'{arm}_{float(share):g}_general']:.3f}" for share in SHARES]
         lines.append(f"{title:28}" + "".join(f"{cell:>16}" for cell in cells))
     languages = sorted({key.split("_")[0] for key in figures if key.endswith("_after_trained")}, key=lambda language: (language != PIVOT, language))
-    lines.append("\nlanguages: recall@5 on trained concepts, on held-out ones, zero-shot among all labels; before -> after")
+    lines.append(f"\nlanguages, asked about the {figures['language_pictures']} pictures whose concepts have a name in all of them:")
+    lines.append("recall@5 on trained concepts, on held-out ones, zero-shot among all labels; before -> after")
     for language in languages:
         cells = [f"{figures.get(f'{language}_before_{key}', 0):.3f} -> {figures.get(f'{language}_after_{key}', 0):.3f}" for key in ("trained", "held_out", "zero_shot")]
         lines.append(f"{language:4}" + "".join(f"{cell:>20}" for cell in cells))
