@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.suites import adaptation
 from benchmarks.suites.adaptation import AdaptationConfig, run_adaptation
 from benchmarks.suites.stages import StageError
 from benchmarks.suites.training import TrainingSuite, run_training
+from runtime.evaluation import Gallery
 from tests.distill.world import make_pairs, make_store
 
 
@@ -31,9 +33,20 @@ def test_adaptation_needs_a_finished_demo(tmp_path: Path) -> None:
 
 
 def test_the_tables_of_an_adaptation() -> None:
-    figures = {"domain_pairs": 10, "domain_queries": 9}
+    figures = {"domain_pairs": 10, "domain_queries": 9, "language_pictures": 7}
     figures |= {f"{arm}_{float(share):g}_{name}": 0.25 for arm in ("tuned_alone", "tuned_held") for share in adaptation.SHARES for name in ("domain", "general")}
     figures |= {f"{language}_{when}_{key}": 0.125 for language in ("en", "de") for when in ("before", "after") for key in ("trained", "held_out", "zero_shot")}
     said = adaptation.as_text(json.loads(json.dumps(figures)))
     assert said.splitlines()[2].count("0.250 / 0.250") == 5
     assert [line[:2] for line in said.splitlines()[-2:]] == ["en", "de"]
+    assert "the 7 pictures" in said
+
+
+def test_languages_are_asked_about_the_same_pictures() -> None:
+    rows = list(range(4))
+    gallery = Gallery(
+        embeddings=np.eye(4, dtype=np.float32), rows=rows, keys=list("abcd"), texts=list("wxyz"), groups=["1", "2", "2", "3"], meta=[{"n": row} for row in rows], skipped=[]
+    )
+    found = adaptation._only(gallery, {"2", "3", "4"})
+    assert (found.keys, found.texts, found.groups, found.rows, found.meta) == (list("bcd"), list("xyz"), ["2", "2", "3"], [1, 2, 3], [{"n": 1}, {"n": 2}, {"n": 3}])
+    assert (found.embeddings == np.eye(4)[1:]).all()
