@@ -41,9 +41,11 @@ def calibrated(config: ModelConfig, seed: int = 0) -> ImageTextModel:
     model.train()
     with torch.no_grad():
         model.image(structured_images(48, config.image.image_size, seed=5))
-        for parameter in model.text.parameters():  # larger than at initialisation, so that texts differ too
-            if parameter.ndim > 1:
-                parameter.mul_(1.5)
+        plain = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.image.modules())
+        for tower, factor in ((model.text, 1.5), (model.image, 4.0 if plain else 1.0)):  # larger than at initialisation, so that inputs differ
+            for parameter in tower.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(factor)
     return model.eval()
 
 
