@@ -75,7 +75,7 @@ class Recipe:
         if self.batch_size < 2 or not 0 < self.learning_rate < 1 or not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
             raise RecipeError(
                 f"recipe has batch_size {self.batch_size}, learning_rate {self.learning_rate}, warmup {self.warmup}, ema_decay {self.ema_decay}; "
-                "expected batch_size >= 2 and the others within [0, 1)"
+                "expected batch_size at least 2, learning_rate above 0, the last two at least 0, and all three below 1"
             )
         if min(self.contrastive, self.affinity, self.feature) < 0 or self.contrastive + self.affinity + self.feature == 0:
             raise RecipeError("a recipe's loss weights must not be negative, and one of contrastive, affinity and feature must be above 0")
