@@ -18,6 +18,7 @@ import numpy as np
 
 from export.draft import Draft, Job
 from export.latency_gate import Ratio, figures, interleaved, ratio
+from export.precision_file import Precisions
 from export.towers import Samples, Tower
 from export.verify import FLOATS, THRESHOLDS, Parity, Reference, Thresholds, at_chance, failure, measure
 from runtime.errors import ParityError, RecipeError
@@ -91,7 +92,7 @@ class Maker:
         folder: the bundle under construction.
         targets: target to precisions, as `parse_targets` gives them.
         say: takes one line of progress.
-        allowed: from precision.json: tower to target to precisions; None, or a target that is not there, allows all.
+        precisions: what precision.json says.
         keep_failed: leave the files of what is refused, marked as failed.
     """
 
@@ -102,7 +103,7 @@ class Maker:
     folder: Path
     targets: dict[str, tuple[str, ...]]
     say: Callable[[str], None]
-    allowed: dict[str, dict[str, list[str]]] | None = None
+    precisions: Precisions = field(default_factory=Precisions)
     thresholds: Mapping[str, Thresholds] = field(default_factory=lambda: THRESHOLDS)
     keep_failed: bool = False
     convert: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +115,10 @@ class Maker:
             ParityError: the float32 ONNX does not compute what the checkpoint computes.
             MissingExtraError: a target's converter is not installed.
         """
-        job = Job(model=self.model, tower=tower, calibration=self.calibration, folder=self.folder, say=self.say, convert=self.convert)
+        job = Job(
+            model=self.model, tower=tower, calibration=self.calibration, folder=self.folder, say=self.say, convert=self.convert,
+            recipe=self.precisions.int8.get(tower),
+        )  # fmt: skip
         untrained = at_chance(self.reference)
         drafts: list[tuple[Draft, Parity | None]] = []
         for target in self.targets:
@@ -142,12 +146,16 @@ class Maker:
             except ParityError as error:
                 made = [Draft(tower=job.tower, target=target, precision=precision, path="", run=None, how="not made", problem=str(error))]
             yield from made
+        reason = self.precisions.refused.get(job.tower, {}).get(target)
+        if reason is not None and "int8" in self.targets[target] and "int8" not in precisions:
+            yield Draft(tower=job.tower, target=target, precision="int8", path="", run=None, how="not made", problem=reason)
 
     def _precisions(self, tower: Tower, target: str) -> tuple[str, ...]:
         wanted = self.targets[target]
-        if self.allowed is None:
+        allowed = self.precisions.allowed
+        if allowed is None:
             return wanted
-        return tuple(p for p in wanted if p in self.allowed[tower].get(target, wanted) or (target, p) == ("onnx", "fp32"))
+        return tuple(p for p in wanted if p in allowed[tower].get(target, wanted) or (target, p) == ("onnx", "fp32"))
 
     def _parity(self, draft: Draft) -> Parity | None:
         if draft.run is None:

@@ -30,6 +30,7 @@ from export.golden import write_golden_inputs
 from export.latency_gate import processor
 from export.licences import require_commercial, third_party, works
 from export.model_card import model_card, read_evaluation
+from export.precision_file import read_precisions
 from export.to_coreml_classifier import read_classes
 from export.towers import TOWERS, choose_rows, read_samples
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
@@ -158,7 +159,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
     with _whole_bundle(place) as work:
         maker = Maker(
             model=folded, samples=samples, reference=reference, calibration=calibration, folder=work, targets=targets,
-            allowed=read_precisions(config.checkpoint), say=say, keep_failed=config.keep_failed, convert=settings,
+            precisions=read_precisions(config.checkpoint), say=say, keep_failed=config.keep_failed, convert=settings,
             thresholds={**THRESHOLDS, "lossy": Thresholds(centred_p1=config.centred_p1, recall1_change=-config.recall_loss)},
         )  # fmt: skip
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
@@ -195,18 +196,6 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         (work / "MODELCARD.md").write_text(card, encoding="utf-8")
         manifest = write_manifest(work, manifest)
     return manifest
-
-
-def read_precisions(checkpoint: Path) -> dict[str, dict[str, list[str]]] | None:
-    """What precision.json of a compressed checkpoint allows: tower to target to precisions. None when there is no such file."""
-    path = checkpoint / "precision.json"
-    if not path.is_file():
-        return None
-    try:
-        towers = json.loads(path.read_text(encoding="utf-8"))["towers"]
-        return {tower: {target: [str(p) for p in towers[tower][target]] for target in towers[tower]} for tower in TOWERS}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"'{path}' cannot be read ({error!r}); run mclip compress again, or remove the file to export in any precision") from None
 
 
 def _check_numbers(config: ExportConfig) -> None:

@@ -1,10 +1,11 @@
-"""`mclip compress`: prune a checkpoint, recover it from the store, and say what that cost.
+"""`mclip compress`: prune a checkpoint, recover it from the store, search for its int8 form, and say what each of that cost.
 
-    mclip compress CKPT OUT --calibrate PAIRS --store STORE --validation PAIRS
+    mclip compress CKPT OUT --calibrate PAIRS --store STORE --validation PAIRS          # prune and recover
+    mclip compress CKPT OUT --calibrate PAIRS --latency 0.5 --max-recall-loss 0.5       # int8 of each tower, within a budget
 
 `OUT/pruned` is the checkpoint as it left the knife; `OUT` itself is the one after recovery. Recovery is training
-(`distill.train`), so it goes on where it was interrupted when the same command is run again. `OUT/precision.json` says in
-which precisions each tower may be exported.
+(`distill.train`), so it goes on where it was interrupted when the same command is run again; so does the search.
+`OUT/precision.json` says in which precisions each tower may be exported, and how int8 is made.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from distill.evaluate import TorchEncoder
 from distill.progress import stamped_lines
 from export.artefacts import allowed_pairs
 from export.prune import prune_ffn
-from export.towers import choose_rows, read_samples
+from export.search_towers import search_towers
+from export.towers import TOWERS, choose_rows, read_samples
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.model import ImageTextModel, count_parameters
 from runtime.errors import CheckpointError, RecipeError
@@ -48,8 +50,14 @@ class CompressConfig:
     """Reinforcement store to recover from. Left out: pruning only."""
     validation: Path | None = None
     """Pairs that retrieval is reported on, before and after. Not the test split."""
-    ratio: float = 0.25
-    """Share of the hidden units of every feed-forward layer that go."""
+    ratio: float | None = None
+    """Share of the hidden units of every feed-forward layer that go. Left out: a quarter, but none where int8 is searched for."""
+    latency: float | None = None
+    """Search for int8: most time of a tower beside its float32 under ONNX Runtime, one thread."""
+    max_recall_loss: float | None = None
+    """Search for int8: most points (hundredths) of recall@1 that may be lost. 0.5 where only a latency is given."""
+    judge: int = 512
+    """Pairs that int8 forms are judged on."""
     calibration: int = 512
     """Pairs that are read for the decision."""
     recover_samples: int = 20_000
@@ -85,6 +93,14 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
     model = load_checkpoint(config.checkpoint, verify=False)
     report: dict[str, Any] = {"fingerprint": fingerprint, "source_sha256": source, "before": _facts(config, config.checkpoint, model)}
     say(f"before: {_line(report['before'])}")
+    found = None
+    if not _prunes(config):
+        found = search_towers(config, config.checkpoint, model, say)
+        config.out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(model, config.out, tokenizer=config.checkpoint / "tokenizer.json", extra={"stage": "compress"})
+        report |= {"calibration": found["calibration"], "int8": found["report"]}
+        _finish(config, report, found)
+        return report
     report |= _prune(config, model, fingerprint, say)
     if config.store is not None:
         from distill.recipes import load_recipe
@@ -105,8 +121,25 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
         save_checkpoint(load_checkpoint(config.out / "pruned"), config.out, tokenizer=config.checkpoint / "tokenizer.json", extra={"stage": "compress"})
     report["after"] = _facts(config, config.out, load_checkpoint(config.out))
     say(f"after: {_line(report['after'])}")
-    _finish(config, report)
+    if _searches(config):
+        found = search_towers(config, config.out, load_checkpoint(config.out), say)
+        report["int8"] = found["report"]
+    _finish(config, report, found)
     return report
+
+
+def _searches(config: CompressConfig) -> bool:
+    return config.latency is not None or config.max_recall_loss is not None
+
+
+def _prunes(config: CompressConfig) -> bool:
+    return bool(_ratio(config))
+
+
+def _ratio(config: CompressConfig) -> float:
+    if config.ratio is not None:
+        return config.ratio
+    return 0.0 if _searches(config) and config.store is None else 0.25
 
 
 def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -123,7 +156,7 @@ def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say:
     samples, skipped = read_samples(pairs, rows, preprocess_config(model.config), open_tokenizer(config.checkpoint, model.config))
     for line in skipped:
         say(f"left out: {line}")
-    pruned, facts = prune_ffn(model, config.ratio, samples)
+    pruned, facts = prune_ffn(model, _ratio(config), samples)
     save_checkpoint(pruned, folder, tokenizer=config.checkpoint / "tokenizer.json")
     found = {
         "prune": facts.as_dict(),
@@ -133,7 +166,7 @@ def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say:
     receipt = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))
     write_json(folder / "receipt.json", {**receipt, "prune": {"fingerprint": fingerprint, "report": found}})
     say(
-        f"pruned {config.ratio:.0%} of the hidden units: {_line(found['pruned'])}; cosine to before {facts.image_cosine_mean:.4f} / {facts.text_cosine_mean:.4f}"
+        f"pruned {_ratio(config):.0%} of the hidden units: {_line(found['pruned'])}; cosine to before {facts.image_cosine_mean:.4f} / {facts.text_cosine_mean:.4f}"
     )
     return found
 
@@ -155,19 +188,25 @@ def _line(facts: dict[str, Any]) -> str:
     return line
 
 
-def _finish(config: CompressConfig, report: dict[str, Any]) -> None:
+def _finish(config: CompressConfig, report: dict[str, Any], found: dict[str, Any] | None) -> None:
     """precision.json, then the receipt that names it: only now is the folder a finished compression."""
-    precisions = {target: list(names) for target, names in allowed_pairs().items()}
     path = config.out / "precision.json"
-    write_json(path, {"schema": SCHEMA, "calibration": report["calibration"], "towers": {"image": precisions, "text": precisions}})
+    towers = {tower: {target: list(names) for target, names in allowed_pairs().items()} for tower in TOWERS}
+    decided: dict[str, Any] = {"schema": SCHEMA, "calibration": report["calibration"], "towers": towers}
+    if found is not None:
+        for tower, refused in found["refused"].items():
+            for target in refused:
+                towers[tower][target] = [name for name in towers[tower][target] if name != "int8"]
+        decided |= {"int8": found["int8"], "refused": found["refused"]}
+    write_json(path, decided)
     receipt = json.loads((config.out / "receipt.json").read_text(encoding="utf-8"))
     receipt["files"]["precision.json"] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     write_json(config.out / "receipt.json", {**receipt, "compress": report})
 
 
 def _fingerprint(config: CompressConfig, source: str) -> str:
-    settings = {name: str(getattr(config, name)) for name in ("ratio", "calibration", "recover_samples", "recipe", "seed")}
-    facts = {**settings, "source": source, "store": config.store is not None}
+    settings = {name: str(getattr(config, name)) for name in ("calibration", "recover_samples", "recipe", "seed", "latency", "max_recall_loss", "judge")}
+    facts = {**settings, "ratio": _ratio(config), "source": source, "store": config.store is not None}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -182,7 +221,7 @@ def _finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def main(argv: list[str]) -> int:
     """`mclip compress CKPT OUT --calibrate PAIRS --store STORE`."""
-    config = tyro.cli(CompressConfig, args=argv, prog="mclip compress", description="Prune a checkpoint and recover it from the store.")
+    config = tyro.cli(CompressConfig, args=argv, prog="mclip compress", description="Prune a checkpoint, recover it from the store, search for its int8 form.")
     report = compress(config, stamped_lines())
     if config.json:
         sys.stdout.write(json.dumps({"checkpoint": str(config.out), **report}) + "\n")

@@ -18,7 +18,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -26,6 +26,9 @@ import torch
 
 from export.towers import Encoder, Samples, Tower, encoder_of, fold_norms
 from runtime.preprocess import PreprocessConfig
+
+if TYPE_CHECKING:
+    from export.int8_recipe import Int8Recipe
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Inputs of any number of rows (N, …) to embeddings (N, embed_dim) float32, unit norm."""
@@ -40,6 +43,7 @@ class Job:
         folder: the bundle under construction; a converter writes below `folder / target`.
         say: takes one line of progress.
         convert: the target's own settings from `ExportConfig`, for instance the Core ML deployment target.
+        recipe: how int8 is made, where precision.json says so.
         made: what converters keep of one precision for the next.
     """
 
@@ -49,6 +53,7 @@ class Job:
     folder: Path
     say: Callable[[str], None] = lambda line: None
     convert: dict[str, Any] = field(default_factory=dict)
+    recipe: Int8Recipe | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,10 +74,11 @@ class Job:
 
     @functools.cached_property
     def onnx_int8(self) -> onnx.ModelProto:
-        """The graph of `onnx` as of `quantize_tower`. Not to be changed in place."""
+        """The graph of `onnx` as of the recipe, or else of `quantize_tower`. Not to be changed in place."""
+        from export.int8_recipe import make_int8
         from export.quantize import quantize_tower
 
-        return quantize_tower(self.onnx, self.rows)
+        return quantize_tower(self.onnx, self.rows) if self.recipe is None else make_int8(self.onnx, self.rows, self.recipe)
 
     def half_encoder(self) -> Encoder:
         """The tower in float16 between explicit casts, batch norms folded before anything is rounded, layer norms and the L2 norm in float32."""

@@ -80,7 +80,10 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
     """
     version = import_openvino("exporting to OpenVINO").__version__.split("-")[0]
     for precision in precisions:
-        model = quantize(convert(job), job) if precision == "int8" else convert(job)
+        if precision == "int8" and job.recipe is not None and job.recipe.form == "static":
+            model = convert(job, job.onnx_int8)
+        else:
+            model = quantize(convert(job), job) if precision == "int8" else convert(job)
         path = f"openvino/{job.tower}.{precision}"
         run = OpenVinoEncoder(save(model, job.folder / path, half=precision == "fp16"))
         yield Draft(
@@ -89,8 +92,11 @@ def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
         )  # fmt: skip
 
 
-def convert(job: Job) -> Any:
+def convert(job: Job, graph: onnx.ModelProto | None = None) -> Any:
     """One tower as an `openvino.Model`: pixels (N, 3, H, W) float32 or tokens (N, T) int32 to embeddings (N, D) float32, unit norm.
+
+    Args:
+        graph: an int8 one with Q/DQ pairs, which OpenVINO runs in int8 as they stand; the float32 one when left out.
 
     Raises:
         ParityError: OpenVINO does not translate an operation; the message names it and the weights next to it.
@@ -98,7 +104,7 @@ def convert(job: Job) -> Any:
     ov = import_openvino("exporting to OpenVINO")
     try:
         with _nothing_said():
-            model = ov.convert_model(io.BytesIO(serialize(job.onnx)))
+            model = ov.convert_model(io.BytesIO(serialize(job.onnx if graph is None else graph)))
     except Exception as error:
         operation = _refused(job.onnx, str(error))
         raise ParityError(f"OpenVINO does not translate {operation} of the {job.tower} tower: {_sentence(error)}") from error

@@ -24,6 +24,7 @@ import export.to_onnx
 from export import tensorrt_engine
 from export.draft import Draft, Job
 from export.golden import read_arrays
+from export.int8_recipe import make_int8
 from export.quantize import quantize_static
 from export.to_onnx import STATIC_ROWS, OnnxEncoder, serialize, write_onnx
 from export.towers import TOWERS
@@ -120,7 +121,10 @@ def typed_onnx(job: Job, precision: str) -> onnx.ModelProto:
         ParityError: an operation mixes float types (the strongly typed parser would refuse it).
     """
     if precision == "int8":
-        model = quantize_static(job.onnx, job.rows, float_convolutions=FLOAT_CONVOLUTIONS, symmetric=True)
+        if job.recipe is not None:
+            model = make_int8(job.onnx, job.rows, job.recipe, symmetric=True)
+        else:
+            model = quantize_static(job.onnx, job.rows, float_convolutions=FLOAT_CONVOLUTIONS, symmetric=True)
     else:
         model = job.onnx_half if precision == "fp16" else job.onnx
     audit_types(model)

@@ -11,8 +11,8 @@ import pytest
 
 from distill.reinforce import ReinforceConfig, reinforce
 from export.artefacts import Maker
-from export.bundle import read_precisions
 from export.compress import CompressConfig, compress, main
+from export.precision_file import Precisions, read_precisions
 from mobileclip.checkpoint import load_checkpoint, verify_receipt
 from runtime.errors import CheckpointError, RecipeError, TrainingError
 
@@ -41,7 +41,7 @@ def test_without_a_store_it_prunes_and_reports(settings, pocket):
     receipt = verify_receipt(settings.out)  # precision.json is covered by it
     assert "precision.json" in receipt["files"]
     assert receipt["compress"]["source_sha256"] == report["source_sha256"]
-    assert read_precisions(settings.out)["text"]["onnx"] == ["fp32", "fp16", "int8"]
+    assert read_precisions(settings.out).allowed["text"]["onnx"] == ["fp32", "fp16", "int8"]
 
 
 def test_recovery_trains_from_the_store_and_a_rerun_does_nothing(settings, store, monkeypatch):
@@ -104,6 +104,6 @@ def test_what_precision_json_does_not_name_is_not_restricted():
     nothing: Any = None
     targets = {"onnx": ("fp32", "int8"), "coreml": ("fp32", "fp16"), "coreml-image": ("fp32", "fp16")}
     maker = Maker(
-        model=nothing, samples=nothing, reference=nothing, calibration=nothing, folder=nothing, targets=targets, say=lambda line: None, allowed=allowed
+        model=nothing, samples=nothing, reference=nothing, calibration=nothing, folder=nothing, targets=targets, say=lambda line: None, precisions=Precisions(allowed=allowed)
     )
     assert {target: maker._precisions("image", target) for target in targets} == {"onnx": ("fp32",), "coreml": ("fp16",), "coreml-image": ("fp32", "fp16")}
