@@ -38,7 +38,7 @@ class Report:
 
 
 def equalize(
-    model: onnx.ModelProto, rows: np.ndarray, *, alpha: float, least_peak: float = 4.0, leave: Collection[str] = ()
+    model: onnx.ModelProto, rows: np.ndarray, *, alpha: float, leave: Collection[str] = ()
 ) -> tuple[onnx.ModelProto, Report]:
     """Equalise the inputs of all products with constant weights (MatMul, Gemm).
 
@@ -46,7 +46,6 @@ def equalize(
         model: float32; left alone.
         rows: (N, …) inputs that channel maxima are taken over.
         alpha: how much of the difficulty goes to the weights: 0 gives none of it, 1 makes the activations' channels alike.
-        least_peak: tensors whose largest channel is less than this many times their median one are left alone.
         leave: names of nodes not to touch.
 
     Returns:
@@ -73,9 +72,6 @@ def equalize(
         peak = _peak(most)
         before, norm = max(before, peak), graph.producer(name)
         absorbs = norm is not None and norm.op_type == "LayerNormalization" and norm.output[0] == name and len(graph.readers(name)) == len(nodes)
-        if peak < least_peak:
-            after = max(after, peak)
-            continue
         matrices = [weights for node in nodes if (weights := _weights(graph, node)) is not None]
         largest = np.max([np.abs(weights).max(axis=1) for weights in matrices], axis=0)
         factor = _factors(most, largest, alpha)

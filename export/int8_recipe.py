@@ -11,8 +11,9 @@ import onnx
 
 from export.bias_correction import correct_biases
 from export.equalize import equalize
+from export.fused_attention import fuse_attention
 from export.qdq import insert_qdq, layers, tensors
-from export.quantize import quantize_dynamic
+from export.quantize import quantize_blocks, quantize_dynamic
 from export.ranges import RANGE_METHODS, tensor_ranges
 from export.to_onnx import strip
 from runtime.errors import ParityError, RecipeError
@@ -26,9 +27,10 @@ class Int8Recipe:
     """Everything that decides a tower's int8 graph beside the checkpoint and the calibration rows."""
 
     form: str
-    """"static": ranges measured beforehand, Q/DQ pairs; for towers of convolutions. "dynamic": ranges taken at run time, matrix products alone."""
+    """"static": ranges measured beforehand, Q/DQ pairs; for towers of convolutions. "dynamic": ranges taken at run time, matrix products alone, attention as one
+    node; ONNX Runtime only."""
     float_layers: tuple[str, ...] = ()
-    """Layers of the ONNX graph that stay float."""
+    """Layers of the ONNX graph that compute in floats. The weights of products among them are kept in int8 all the same."""
     ranges: str = "mse"
     """Static: how ranges are chosen, one of `RANGE_METHODS`."""
     alpha: float | None = None
@@ -73,13 +75,15 @@ def make_int8(model: onnx.ModelProto, rows: np.ndarray, recipe: Int8Recipe, *, s
     if recipe.alpha is not None:
         model, _ = equalize(model, rows, alpha=recipe.alpha, leave=recipe.float_layers)
     if recipe.form == "dynamic" and not symmetric:
-        return quantize_dynamic(model, leave=recipe.float_layers)
+        return quantize_blocks(quantize_dynamic(fuse_attention(model)[0], leave=recipe.float_layers))
     chosen = [name for name in known if name not in recipe.float_layers]
     if not chosen:
         raise ParityError("the int8 recipe leaves every layer float; there is nothing to quantise")
     ranges = tensor_ranges(model, tensors(model), rows, (recipe.ranges,))[recipe.ranges]
     if recipe.corrected:
         model = correct_biases(model, ranges, chosen, rows[:CORRECTION_ROWS])
-    quantised = insert_qdq(model, ranges, chosen, symmetric=symmetric)
+    products = {node.name for node in model.graph.node if node.op_type != "Conv"}
+    stored = [] if symmetric else [name for name in recipe.float_layers if name in products]
+    quantised = insert_qdq(model, ranges, chosen, stored=stored, symmetric=symmetric)
     strip(quantised)
     return quantised

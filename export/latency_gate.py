@@ -38,12 +38,13 @@ class Ratio:
         return {"median": self.median, "low": self.low, "high": self.high, "level": self.level}
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], *, pairs: int = 40, warmup: int = 5, budget_seconds: float = 20.0) -> dict[str, np.ndarray]:
+def interleaved(runs: Mapping[str, Callable[[], Any]], *, pairs: int = 40, warmup: int = 5, settle: int = 0, budget_seconds: float = 20.0) -> dict[str, np.ndarray]:
     """Run every candidate in turn, again and again, in an order that rotates.
 
     Args:
         pairs: rounds that are timed; at least 30 are done whatever they take, more only inside the budget.
         warmup: rounds that are thrown away.
+        settle: runs of a candidate that go before each timed one, so that it finds its own weights in the caches and not its neighbours'.
 
     Returns:
         Seconds of each round by candidate, arrays of equal length.
@@ -56,6 +57,8 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], *, pairs: int = 40, warmu
             break
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
+            for _ in range(settle):
+                runs[name]()
             begin = time.perf_counter()
             runs[name]()
             taken = time.perf_counter() - begin

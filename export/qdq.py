@@ -69,19 +69,22 @@ def tensors(model: onnx.ModelProto) -> list[str]:
     return list(found)
 
 
-def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range], chosen: Collection[str], *, symmetric: bool = False) -> onnx.ModelProto:
+def insert_qdq(
+    model: onnx.ModelProto, ranges: Mapping[str, Range], chosen: Collection[str], *, stored: Collection[str] = (), symmetric: bool = False
+) -> onnx.ModelProto:
     """A copy whose chosen layers compute in int8.
 
     Args:
         model: float32.
         ranges: of every tensor of `tensors`.
         chosen: names of layers.
+        stored: names of further layers that compute in floats, but whose weights are kept in int8.
         symmetric: int8 activations around zero and float biases, the form that NVIDIA's parser takes; otherwise uint8 activations and int32 biases.
 
     Raises:
         ParityError: a name that is no layer.
     """
-    unknown = set(chosen) - set(layers(model))
+    unknown = (set(chosen) | set(stored)) - set(layers(model))
     if unknown:
         raise ParityError(f"'{sorted(unknown)[0]}' is no layer with constant weights of this graph; expected names as of export.qdq.layers")
     made = onnx.ModelProto()
@@ -117,7 +120,9 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range], chosen: Coll
             nodes += _vector(graph, node, constants)
             copied.input[0] = f"{node.name}_dq"
         if node.name in chosen:
-            nodes += _weights(graph, node, copied, constants, scales[node.input[0]], float_bias=symmetric)
+            nodes += _weights(graph, node, copied, constants, None if symmetric else scales[node.input[0]])
+        elif node.name in stored:
+            nodes += _weights(graph, node, copied, constants, None)
         nodes.append(copied)
         for name in node.output:
             if name in paired:
@@ -150,18 +155,19 @@ def _scale(found: Range, symmetric: bool) -> tuple[np.float32, np.ndarray]:
 
 
 def _weights(
-    graph: Graph, node: onnx.NodeProto, copied: onnx.NodeProto, constants: dict[str, np.ndarray], input_scale: np.float32, *, float_bias: bool
+    graph: Graph, node: onnx.NodeProto, copied: onnx.NodeProto, constants: dict[str, np.ndarray], input_scale: np.float32 | None
 ) -> list[onnx.NodeProto]:
-    """DequantizeLinear nodes for a layer's weights and bias; the layer is made to read them."""
+    """DequantizeLinear nodes for a layer's weights, and for its bias where the scale of the input is given; the layer is made to read them."""
     axis, weights = weight_axis(graph, node), graph.constant(node.input[1])
     assert axis is not None
     assert weights is not None
     others = tuple(other for other in range(weights.ndim) if other != axis)
     scale = np.maximum(np.abs(weights).max(axis=others), 1e-12).astype(np.float32) / np.float32(127)
     bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    integer_bias = bias is not None and not float_bias and bias.ndim == 1 and len(bias) == len(scale) and attribute(node, "beta", 1.0) == 1.0
+    integer_bias = bias is not None and input_scale is not None and bias.ndim == 1 and len(bias) == len(scale) and attribute(node, "beta", 1.0) == 1.0
     if integer_bias:
         assert bias is not None
+        assert input_scale is not None
         scale = np.maximum(scale, np.abs(bias) / (input_scale * np.float32(LARGEST_BIAS))).astype(np.float32)
     shape = [-1 if other == axis else 1 for other in range(weights.ndim)]
     name = f"{node.name}_weights"
@@ -171,6 +177,7 @@ def _weights(
     copied.input[1] = f"{name}_dq"
     if integer_bias:
         assert bias is not None
+        assert input_scale is not None
         name = f"{node.name}_bias"
         constants[f"{name}_scale"] = input_scale * scale
         constants[f"{name}_q"] = np.rint(bias / constants[f"{name}_scale"].astype(np.float64)).astype(np.int32)

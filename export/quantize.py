@@ -21,6 +21,7 @@ from export.verify import THRESHOLDS, centred_cosines
 from runtime.errors import ParityError
 
 FLOAT_CONVOLUTIONS = (3, 6)  # tried in turn until the embeddings are near enough
+BLOCK = 128  # inputs that share a scale
 SELECTION_MARGIN = 0.005  # few rows select, so they have to be a little better than the threshold
 
 
@@ -71,6 +72,35 @@ def quantize_dynamic(model: onnx.ModelProto, leave: Collection[str] = ()) -> onn
     quantize_tables(quantised)
     strip(quantised)
     return quantised
+
+
+def quantize_blocks(model: onnx.ModelProto, *, bits: int = 8, block: int = BLOCK, tables: bool = False) -> onnx.ModelProto:
+    """Weights of the remaining MatMul nodes in blocks of `block` inputs with a scale and a zero point each; activations in int8 per block, taken at run time.
+
+    MatMulNBits of ONNX Runtime. On processors with VNNI such a product takes two thirds of float's time where a dynamic one (`quantize_dynamic`) takes a quarter,
+    and loses a tenth as much.
+
+    Args:
+        bits: of the weights, 4 or 8.
+        tables: token tables too (4 bits alone).
+
+    Returns:
+        A copy; unchanged where there is nothing left.
+    """
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    kinds = ("MatMul", "Gather") if tables else ("MatMul",)
+    settings = DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=False, accuracy_level=4, bits=bits, op_types_to_quantize=kinds, quant_axes=(("MatMul", 0), ("Gather", 1))
+    )
+    with quiet("onnxruntime.quantization.matmul_nbits_quantizer", "root"):
+        quantiser = MatMulNBitsQuantizer(made, algo_config=settings)
+        quantiser.process()
+    made = quantiser.model.model
+    strip(made)
+    return made
 
 
 def quantize_tables(model: onnx.ModelProto, least_rows: int = 256) -> int:

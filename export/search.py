@@ -27,9 +27,10 @@ from export.qdq import insert_qdq, layers, tensors
 from export.quantize import quantize_dynamic
 from export.ranges import RANGE_METHODS, tensor_ranges
 from export.to_onnx import OnnxEncoder, serialize
+from export.to_openvino import OpenVinoEncoder, import_openvino, save
 from export.towers import Samples, Tower
 from export.verify import Reference, centred_cosines, measure
-from runtime.errors import ParityError
+from runtime.errors import MissingExtraError, ParityError
 from runtime.files import write_json
 
 ALPHAS = (None, 0.5, 0.6, 0.7, 0.8)
@@ -37,6 +38,7 @@ RUNGS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48)
 MORE_RUNGS = 1  # beyond the first that is good enough: it may be the faster one
 EXPLAINED = 0.75  # of the loss lies with the layers that are float while ranges are chosen
 TOP = 10
+SETTLE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,12 +247,11 @@ class Search:
                 data = self._bytes(recipe)
                 sizes.append(len(data))
                 encoders[place, "onnx"] = OnnxEncoder(data)
-                other = _openvino(data, Path(folder) / str(place)) if self._convolutions else None
-                if other is not None:
-                    encoders[place, "openvino"] = other
+                if self._convolutions:
+                    encoders |= {(place, name): encoder for name, encoder in openvino_encoders(data, Path(folder) / str(place)).items()}
             exact = OnnxEncoder(base)
             runs = {"float32": lambda: exact(row), **{f"{place}/{name}": functools.partial(encoder, row) for (place, name), encoder in encoders.items()}}
-            times = interleaved(runs, budget_seconds=60)
+            times = interleaved(runs, settle=SETTLE, budget_seconds=90)
             points = []
             for (place, name), encoder in encoders.items():
                 recipe, quality = rungs[place]
@@ -288,12 +289,12 @@ def best(points: Sequence[Point]) -> Point | None:
 
 def table(points: Sequence[Point]) -> str:
     """One line a point for a terminal."""
-    lines = [f"{'tower':6} {'runtime':9} {'float layers':>12} {'time':>6} {'bytes':>6} {'centred p1':>10} {'top 10':>7} {'recall@1':>9}  verdict"]
+    lines = [f"{'tower':6} {'runtime':13} {'float layers':>12} {'time':>6} {'bytes':>6} {'centred p1':>10} {'top 10':>7} {'recall@1':>9}  verdict"]
     chosen = {id(found) for tower in {point.tower for point in points} if (found := best([point for point in points if point.tower == tower]))}
     for point in points:
         verdict = "chosen" if id(point) in chosen else point.problem or "good, slower"
         lines.append(
-            f"{point.tower:6} {point.runtime:9} {len(point.recipe.float_layers):>12} {point.ratio.median:>6.2f} {point.bytes_ratio:>6.2f} {point.quality.centred_p1:>10.4f} "
+            f"{point.tower:6} {point.runtime:13} {len(point.recipe.float_layers):>12} {point.ratio.median:>6.2f} {point.bytes_ratio:>6.2f} {point.quality.centred_p1:>10.4f} "
             f"{point.quality.overlap10:>7.3f} {-100 * point.quality.recall1_loss:>+9.2f}  {verdict}"
         )
     return "\n".join(lines)
@@ -308,13 +309,14 @@ def _read_notes(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _openvino(data: bytes, folder: Path) -> Any:
-    """The graph under OpenVINO; None where that is not installed."""
-    from export.to_openvino import OpenVinoEncoder, import_openvino, save
-    from runtime.errors import MissingExtraError
-
+def openvino_encoders(data: bytes, folder: Path) -> dict[str, Any]:
+    """The graph under OpenVINO on one thread, floats in float32 and, where the processor has it, in bfloat16; empty where OpenVINO is not installed."""
     try:
         ov = import_openvino("timing int8 graphs")
     except MissingExtraError:
-        return None
-    return OpenVinoEncoder(save(ov.convert_model(io.BytesIO(data)), folder))
+        return {}
+    saved = save(ov.convert_model(io.BytesIO(data)), folder)
+    found = {"openvino": OpenVinoEncoder(saved)}
+    if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        found["openvino bf16"] = OpenVinoEncoder(saved, precision="bf16")
+    return found

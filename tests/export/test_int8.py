@@ -16,6 +16,7 @@ from torch import nn
 
 from export.bias_correction import correct_biases
 from export.equalize import equalize
+from export.fused_attention import fuse_attention
 from export.graph import Graph
 from export.int8_recipe import Int8Recipe, make_int8
 from export.precision_file import Precisions, read_precisions
@@ -25,6 +26,8 @@ from export.ranges import LEVELS, METHODS, RANGE_METHODS, channel_means, tensor_
 from export.to_onnx import OnnxEncoder, export_onnx, serialize
 from export.towers import Encoder
 from export.verify import centred_cosines
+from mobileclip.config import TextConfig
+from mobileclip.text_tower import TextTower
 from runtime.errors import CheckpointError, ParityError, RecipeError
 
 
@@ -234,13 +237,13 @@ def test_a_constant_tensor_and_no_rows(convolutions):
 
 
 def test_equalisation_changes_no_embedding_and_evens_out_channels(products, rows):
-    smooth, report = equalize(products, rows, alpha=0.5, least_peak=1.0)
+    smooth, report = equalize(products, rows, alpha=0.5)
     np.testing.assert_allclose(embed(smooth, rows), embed(products, rows), atol=1e-5)
     assert len(report.folded) == 2  # both readers of the layer norm, without a node more
     assert len(report.multiplied) == 1
     assert counts(smooth)["Mul"] == counts(products).get("Mul", 0) + 1
     assert report.peak_after < 0.5 * report.peak_before
-    assert serialize(equalize(products, rows, alpha=0.5, leave=[name for name in layers(products)])[0]) == serialize(products)
+    assert serialize(equalize(products, rows, alpha=0.5, leave=layers(products))[0]) == serialize(products)
 
 
 def test_equalisation_makes_int8_better_where_channels_differ(products, rows):
@@ -258,7 +261,7 @@ def test_equalisation_where_a_norm_has_another_reader(rows):
 
     torch.manual_seed(0)
     model = export_onnx(Encoder(Shared().eval(), "image"), rows)
-    smooth, report = equalize(model, rows, alpha=0.5, least_peak=1.0)
+    smooth, report = equalize(model, rows, alpha=0.5)
     np.testing.assert_allclose(embed(smooth, rows), embed(model, rows), atol=1e-5)
     assert report.folded == ()
 
@@ -281,6 +284,41 @@ def test_corrected_biases_restore_the_means(convolutions, pixels):
 
 def test_correction_of_nothing(convolutions, pixels):
     assert serialize(correct_biases(convolutions, ranges_of(convolutions, pixels), [], pixels)) == serialize(convolutions)
+
+
+# ----------------------------------------------------------------------------------------------- attention as one node
+
+
+@pytest.mark.parametrize("mask", ["causal", "pad", "none"])
+def test_fused_attention_computes_the_same(mask):
+    torch.manual_seed(0)
+    config = TextConfig(context_length=12, vocab_size=600, width=64, heads=4, layers=2, mask=mask)
+    tower = TextTower(config, 32).eval()
+    tokens = np.random.default_rng(0).integers(1, 598, size=(8, 12)).astype(np.int32)
+    for row, length in enumerate(range(3, 11)):
+        tokens[row, length] = 599
+        tokens[row, length + 1 :] = 0
+    model = export_onnx(Encoder(tower, "text"), tokens)
+    fused, found = fuse_attention(model)
+    assert found == 2
+    assert (counts(fused)["Attention"], counts(fused).get("Softmax", 0)) == (2, 0)
+    assert len(fused.graph.node) < 0.7 * len(model.graph.node)
+    onnx.checker.check_model(fused, full_check=True)
+    for batch in (1, 8):
+        np.testing.assert_allclose(OnnxEncoder(serialize(fused))(tokens, batch), OnnxEncoder(serialize(model))(tokens, batch), atol=1e-5)
+
+
+def test_attention_of_image_towers_too(pocket_bundle, samples):
+    model = onnx.load(pocket_bundle / "onnx/image.fp32.onnx")
+    fused, found = fuse_attention(model)
+    assert found == counts(model)["Softmax"] >= 1
+    np.testing.assert_allclose(embed(fused, samples.pixels), embed(model, samples.pixels), atol=1e-5)
+
+
+def test_graphs_without_attention_are_left_alone(convolutions):
+    fused, found = fuse_attention(convolutions)
+    assert found == 0
+    assert serialize(fused) == serialize(convolutions)
 
 
 # ----------------------------------------------------------------------------------------------- recipes
