@@ -24,12 +24,13 @@ import onnx
 from export.int8_recipe import Int8Recipe, make_int8
 from export.latency_gate import Ratio, interleaved, ratio
 from export.qdq import insert_qdq, layers, tensors
+from export.quality import Limits, Quality, judge, rare_rows, sudden_drop
 from export.quantize import quantize_dynamic
 from export.ranges import RANGE_METHODS, tensor_ranges
 from export.to_onnx import OnnxEncoder, serialize
 from export.to_openvino import OpenVinoEncoder, import_openvino, save
 from export.towers import Samples, Tower
-from export.verify import Reference, centred_cosines, measure
+from export.verify import Reference, centred_cosines
 from runtime.errors import MissingExtraError, ParityError
 from runtime.files import write_json
 
@@ -37,43 +38,7 @@ ALPHAS = (None, 0.5, 0.6, 0.7, 0.8)
 RUNGS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48)
 MORE_RUNGS = 1  # beyond the first that is good enough: it may be the faster one
 EXPLAINED = 0.75  # of the loss lies with the layers that are float while ranges are chosen
-TOP = 10
 SETTLE = 3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What an int8 form has to keep, and how fast it has to be."""
-
-    recall1_loss: float = 0.005
-    """Most recall@1 that may be lost, over the pairs that judge; its interval is reported beside it."""
-    centred_p1: float = 0.98
-    overlap10: float = 0.9
-    """Least share of the ten first pictures of a query that stay among its ten first."""
-    latency: float | None = None
-    """Most time beside float32 ONNX Runtime on the same thread; None: anything faster."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quality:
-    """What is left of retrieval, over n pairs."""
-
-    centred_p1: float
-    centred_mean: float
-    overlap10: float
-    recall1_loss: float
-    recall1_loss_high: float
-    n: int
-
-    def misses(self, limits: Limits) -> str | None:
-        """The first limit that does not hold, as a clause; None when all do."""
-        if self.centred_p1 < limits.centred_p1:
-            return f"centred cosine p1 {self.centred_p1:.4f} below {limits.centred_p1:g}"
-        if self.overlap10 < limits.overlap10:
-            return f"top-10 overlap {self.overlap10:.4f} below {limits.overlap10:g}"
-        if self.recall1_loss > limits.recall1_loss + 1e-12:
-            return f"{100 * self.recall1_loss:.2f} points of recall@1 lost, more than {100 * limits.recall1_loss:g}"
-        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +88,7 @@ class Search:
         self._world = inputs[:16]
         self._known: dict[str, Any] = _read_notes(self.notes)
         self._layers = layers(self.model)
+        self._rare = rare_rows(self.judge.captions)
         self._graphs: dict[Int8Recipe, bytes] = {}
         self._convolutions = any(node.op_type == "Conv" for node in self.model.graph.node)
         if not self._layers:
@@ -151,6 +117,11 @@ class Search:
             good += problem is None
             if good > MORE_RUNGS:
                 break
+        losses = [1 - quality.centred_mean for _, quality in reversed(rungs)]
+        place = sudden_drop(losses)
+        if place is not None:
+            kept = len(rungs[len(rungs) - place][0].float_layers)
+            self.say(f"{self.tower}: a sudden drop below {kept} layers float: 1 - centred cosine goes from {losses[place - 1]:.4f} to {losses[place]:.4f}")
         return self._timed(rungs)
 
     def _once(self, kind: str, settings: dict[str, Any], measure_it: Callable[[], Any]) -> Any:
@@ -236,7 +207,10 @@ class Search:
         return self._graphs[recipe]
 
     def _judge(self, made: bytes) -> Quality:
-        return judge(self.tower, OnnxEncoder(made)(self.judge.inputs(self.tower)), self.reference)
+        return self._quality(OnnxEncoder(made)(self.judge.inputs(self.tower)))
+
+    def _quality(self, embeddings: np.ndarray) -> Quality:
+        return judge(self.reference, **{self.tower: embeddings}, rare=self._rare)  # type: ignore[arg-type]
 
     def _timed(self, rungs: Sequence[tuple[Int8Recipe, Quality]]) -> list[Point]:
         row, base = self.judge.inputs(self.tower)[:1], serialize(self.model)
@@ -256,7 +230,7 @@ class Search:
             for (place, name), encoder in encoders.items():
                 recipe, quality = rungs[place]
                 if name != "onnx":
-                    quality = judge(self.tower, encoder(self.judge.inputs(self.tower)), self.reference)
+                    quality = self._quality(encoder(self.judge.inputs(self.tower)))
                 against = ratio(times[f"{place}/{name}"], times["float32"])
                 problem = quality.misses(self.limits)
                 if problem is None and not against.faster:
@@ -267,18 +241,6 @@ class Search:
                     Point(tower=self.tower, runtime=name, recipe=recipe, quality=quality, ratio=against, bytes_ratio=sizes[place] / len(base), problem=problem)
                 )
         return points
-
-
-def judge(tower: Tower, embeddings: np.ndarray, reference: Reference) -> Quality:
-    """Compare embeddings (N, D) with the checkpoint's."""
-    parity = measure(tower, embeddings, reference)
-    texts, pictures = (reference.text, embeddings) if tower == "image" else (embeddings, reference.image)
-    before, after = (np.argsort(-(one @ other.T), axis=1)[:, :TOP] for one, other in ((reference.text, reference.image), (texts, pictures)))
-    shared = [len(set(a) & set(b)) / min(TOP, before.shape[1]) for a, b in zip(before.tolist(), after.tolist(), strict=True)]
-    return Quality(
-        centred_p1=parity.centred_p1, centred_mean=parity.centred_mean, overlap10=float(np.mean(shared)), recall1_loss=-parity.recall1_change,
-        recall1_loss_high=-parity.recall1_low, n=parity.n,
-    )  # fmt: skip
 
 
 def best(points: Sequence[Point]) -> Point | None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from export.search import Limits, Point, Search, best, table
+from export.quality import Limits
+from export.search import Point, Search, best, table
 from export.to_onnx import export_onnx
 from export.towers import TOWERS, choose_rows, encoder_of, read_samples
 from export.verify import at_chance, reference_of

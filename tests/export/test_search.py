@@ -19,14 +19,15 @@ from export.int8_recipe import Int8Recipe
 from export.latency_gate import Ratio
 from export.precision_file import read_precisions
 from export.qdq import layers
-from export.search import RUNGS, Limits, Point, Quality, Search, best, judge, table
+from export.quality import Limits, Quality, judge, rare_rows, sudden_drop
+from export.search import RUNGS, Point, Search, best, table
 from export.to_onnx import export_onnx
 from export.towers import encoder_of, read_samples
 from export.verify import Reference, reference_of
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.presets import preset
 from mobileclip.reparameterize import reparameterize
-from runtime.errors import RecipeError
+from runtime.errors import ParityError, RecipeError
 from runtime.manifest import read_manifest
 from runtime.pairs import open_pairs
 from tests.export.conftest import calibrated, once, write_pairs
@@ -91,7 +92,10 @@ def short_ladder(monkeypatch):
 
 
 def point(time: float, problem: str | None = None, tower: str = "image") -> Point:
-    quality = Quality(centred_p1=0.99, centred_mean=0.999, overlap10=0.95, recall1_loss=0.001, recall1_loss_high=0.004, n=100)
+    quality = Quality(
+        centred_p1=0.99, centred_mean=0.999, overlap10=0.95, recall1_loss=0.001, recall1_loss_low=-0.002, recall1_loss_high=0.004, rare_loss=0.001, rare_loss_low=-0.01,
+        rare_n=25, n=100,
+    )  # fmt: skip
     ratio = Ratio(median=time, low=time - 0.01, high=time + 0.01)
     return Point(tower=tower, runtime="onnx", recipe=Int8Recipe(form="static"), quality=quality, ratio=ratio, bytes_ratio=0.26, problem=problem)
 
@@ -101,10 +105,10 @@ def point(time: float, problem: str | None = None, tower: str = "image") -> Poin
 
 def test_exact_embeddings_lose_nothing_and_shuffled_ones_all(taught_checkpoint, many_pairs, tmp_path):
     search = search_of("image", taught_checkpoint, many_pairs, tmp_path / "notes.json")
-    exact = judge("image", search.reference.image, search.reference)
+    exact = judge(search.reference, image=search.reference.image)
     assert (exact.overlap10, exact.recall1_loss) == (1.0, 0.0)
     assert exact.misses(Limits()) is None
-    shuffled = judge("image", np.roll(search.reference.image, 1, axis=0), search.reference)
+    shuffled = judge(search.reference, image=np.roll(search.reference.image, 1, axis=0))
     assert shuffled.recall1_loss > 0.3
     assert "below" in (shuffled.misses(Limits()) or "")
 
@@ -117,7 +121,7 @@ def test_top_ten_is_by_query_over_pictures():
     noisy = image + 0.05 * rng.normal(size=image.shape).astype(np.float32)
     noisy /= np.linalg.norm(noisy, axis=1, keepdims=True)
     expected = np.mean([len(set(np.argsort(-(image @ q))[:10]) & set(np.argsort(-(noisy @ q))[:10])) / 10 for q in text])
-    assert judge("image", noisy, reference).overlap10 == pytest.approx(expected)
+    assert judge(reference, image=noisy).overlap10 == pytest.approx(expected)
     assert 0.5 < expected < 1
 
 
@@ -127,6 +131,46 @@ def test_limits_are_named_by_the_first_that_does_not_hold():
     assert quality.misses(Limits(centred_p1=0.995)) == "centred cosine p1 0.9900 below 0.995"
     assert quality.misses(Limits(overlap10=0.97)) == "top-10 overlap 0.9500 below 0.97"
     assert quality.misses(Limits(recall1_loss=0.0)) == "0.10 points of recall@1 lost, more than 0"
+
+
+def test_a_loss_on_rare_captions_alone_is_seen():
+    """A twentieth of the captions have words of their own, and only those go wrong: the mean hardly moves, the guard does."""
+    rng = np.random.default_rng(0)
+    n = 200
+    image = rng.normal(size=(n, 64)).astype(np.float32)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    captions = [f"a common thing number {row % 5}" for row in range(n - 10)] + [f"axolotl{row}" for row in range(10)]
+    rare = rare_rows(captions)
+    assert rare.tolist() == [False] * (n - 10) + [True] * 10
+    text = image.copy()
+    text[-10:] = np.roll(text[-10:], 1, axis=0)
+    quality = judge(Reference(image=image, text=image.copy(), logit_scale=100.0), text=text, rare=rare)
+    assert quality.recall1_loss == pytest.approx(0.05)
+    assert quality.rare_loss == 1.0
+    problem = quality.misses(Limits(recall1_loss=0.06, centred_p1=-1, overlap10=0))
+    assert problem == "100.00 points of recall@1 lost on the 10 captions with the rarest words, surely more than 6"
+
+
+@pytest.mark.parametrize(
+    ("losses", "place"), [([0.001, 0.002, 0.004, 0.2], 3), ([0.01, 0.02, 0.03, 0.04], None), ([0.001, 0.4], 1), ([0.0, 0.0], None), ([0.3], None), ([], None)]
+)
+def test_sudden_drops(losses, place):
+    assert sudden_drop(losses) == place
+
+
+def test_both_towers_are_judged_together():
+    rng = np.random.default_rng(0)
+    image, text = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in rng.normal(size=(2, 60, 16)).astype(np.float32))
+    reference = Reference(image=image, text=text, logit_scale=100.0)
+    turn = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
+    turned = judge(reference, image=image @ turn, text=text @ turn)  # turned together they find the same
+    assert turned.overlap10 > 0.99
+    assert abs(turned.recall1_loss) < 1e-9
+    assert judge(reference, image=image @ turn).overlap10 < 0.5
+    with pytest.raises(ParityError, match="no embeddings to judge"):
+        judge(reference)
+    with pytest.raises(ParityError, match="cannot be judged"):
+        judge(reference, image=np.full_like(image, np.nan))
 
 
 def test_the_fastest_point_that_keeps_all_limits_is_chosen():
