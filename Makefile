@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -37,6 +37,9 @@ efficiency: $(STAMP)
 
 bench-adaptation: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.adaptation --run out/demo --out out/adaptation
+
+bench-compress: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.compression --run out/demo --out out/bench-compress
 
 bench-training: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.training --run out/demo --out out/bench-training

@@ -105,6 +105,32 @@ def scatter(rows: Sequence[dict[str, Any]], x_title: str, y_title: str, title: s
     return _svg(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title)
 
 
+def front(rows: Sequence[dict[str, Any]], x_title: str, y_title: str, title: str) -> str:
+    """Points of a trade-off, those on its front coloured and named. Rows: {"name", "x", "value", "bytes", "front"}; the area of a point goes with its bytes."""
+    alt = _altair()
+    x_domain, low = (0.0, max(row["x"] for row in rows) * 1.1), min(row["value"] for row in rows)
+    y_domain = (max(0.0, low - 0.05), 1.02)
+    x = alt.X("x:Q", title=x_title, scale=alt.Scale(domain=x_domain, nice=False), axis=alt.Axis(tickCount=6, format="~g"))
+    y = alt.Y("value:Q", title=y_title, scale=alt.Scale(domain=y_domain, nice=False, zero=False), axis=alt.Axis(tickCount=5))
+    size = alt.Size("bytes:Q", scale=alt.Scale(domain=[0, max(row["bytes"] for row in rows)], range=[10, 220]), legend=None)
+    best = sorted((row for row in rows if row["front"]), key=lambda row: (row["x"], -row["value"]))
+    layers = [
+        alt.Chart(alt.Data(values=[row for row in rows if not row["front"]])).mark_circle(opacity=0.75, color="var(--k1)").encode(x=x, y=y, size=size),
+        alt.Chart(alt.Data(values=best)).mark_circle(opacity=0.95, color="var(--k3)").encode(x=x, y=y, size=size),
+    ]
+
+    def to_pixels(row: dict[str, Any]) -> tuple[float, float]:
+        return WIDTH * row["x"] / x_domain[1], HEIGHT * (y_domain[1] - row["value"]) / (y_domain[1] - y_domain[0])
+
+    for label in place_labels([(*to_pixels(row), str(row["name"])) for row in best], WIDTH, HEIGHT):
+        point = alt.Chart(alt.Data(values=[label]))
+        if label["leader"]:
+            line = {"x": alt.value(label["point_x"]), "x2": alt.value(label["anchor_x"]), "y": alt.value(label["point_y"]), "y2": alt.value(label["y"])}
+            layers.append(point.mark_rule(strokeWidth=1, stroke="var(--muted)", opacity=0.6).encode(**line))
+        layers.append(point.mark_text(align="left", fontSize=LABEL, fill="currentColor").encode(x=alt.value(label["x"]), y=alt.value(label["y"]), text="text:N"))
+    return _svg(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title)
+
+
 def place_labels(points: Sequence[tuple[float, float, str]], width: float, height: float) -> list[dict[str, Any]]:
     """Where labels go so that none covers another label or a point: beside its point, else further up or down with a thin leader.
 

@@ -48,17 +48,21 @@ class Material:
     noise_share: dict[str, float] = field(default_factory=dict)
     efficiency: dict[str, Any] = field(default_factory=dict)
     """summary.json of the learning-efficiency experiment."""
+    front: dict[str, Any] = field(default_factory=dict)
+    """front.json of a compression."""
     credits: str = ""
     missing: list[str] = field(default_factory=list)
 
 
-def gather(results: Sequence[Path], run: Path | None, samples: int = 18, efficiency: Path | None = None) -> Material:
+def gather(results: Sequence[Path], run: Path | None, samples: int = 18, efficiency: Path | None = None, front: Path | None = None) -> Material:
     """Read the results files (each must exist) and, where given, the run folder (each part may be absent)."""
     material = Material(lines=newest(read_results(results)))
     if efficiency is not None:
         material.efficiency = _json(efficiency / "summary.json", "The learning-efficiency experiment", material.missing)
-        if not results and run is None:
-            return material
+    if front is not None:
+        material.front = _json(front / "front.json" if front.is_dir() else front, "The front of compression (mclip compress --front)", material.missing)
+    if not results and run is None and (efficiency is not None or front is not None):
+        return material
     if not any(row["kind"] == "latency" for row in material.lines):
         material.missing.append("No latency was measured: no such results line was given.")
     if run is None:

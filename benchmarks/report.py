@@ -10,13 +10,15 @@ from pathlib import Path
 
 from runtime.files import write_whole
 
-from . import markup, report_efficiency, report_figures, report_method, report_pictures
+from . import markup, report_efficiency, report_figures, report_front, report_method, report_pictures
 from .gather import Material, gather
 from .page import page
 from .results import ResultsError
 
 
-def write_report(results: list[Path], output: Path, run: Path | None = None, title: str | None = None, efficiency: Path | None = None) -> dict[str, object]:
+def write_report(
+    results: list[Path], output: Path, run: Path | None = None, title: str | None = None, efficiency: Path | None = None, front: Path | None = None
+) -> dict[str, object]:
     """Write the page and return {"report", "bytes", "sections", "missing"}.
 
     Args:
@@ -25,6 +27,7 @@ def write_report(results: list[Path], output: Path, run: Path | None = None, tit
         run: a demo run folder; every part of it may be absent, the page then says so.
         title: overrides the run's title.
         efficiency: folder of the learning-efficiency experiment (its summary.json).
+        front: a compressed checkpoint (its front.json), or that file.
 
     Raises:
         ResultsError: nothing to report on, or a file that cannot be read.
@@ -32,9 +35,9 @@ def write_report(results: list[Path], output: Path, run: Path | None = None, tit
     """
     if not results and run is not None and (run / "results.jsonl").is_file():
         results = [run / "results.jsonl"]
-    if not results and run is None and efficiency is None:
+    if not results and run is None and efficiency is None and front is None:
         raise ResultsError("there is nothing to report on; name results files, or a run folder with --run")
-    material = gather(results, run, efficiency=efficiency)
+    material = gather(results, run, efficiency=efficiency, front=front)
     html, names = render(material, title)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, html.encode())
@@ -49,6 +52,7 @@ def render(material: Material, title: str | None = None) -> tuple[str, list[str]
         ("accuracy", "Accuracy", report_figures.accuracy(material)),
         ("training", "Training", report_pictures.training(material)),
         ("efficiency", "What each sample buys", report_efficiency.efficiency(material)),
+        ("front", "What compression costs", report_front.front(material)),
         ("cost", "Accuracy against cost", report_figures.cost(material)),
         ("latency", "Latency", report_figures.latency(material)),
         ("parity", "Parity", report_figures.parity(material)),
@@ -100,11 +104,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("results", nargs="*", type=Path, help="results files (JSON lines) of mclip bench; default: RUN/results.jsonl")
     parser.add_argument("--run", type=Path, help="a demo run folder (tables, pictures, training curves, bundle)")
     parser.add_argument("--efficiency", type=Path, help="folder of the learning-efficiency experiment (make efficiency)")
+    parser.add_argument("--front", type=Path, help="a compressed checkpoint with front.json (mclip compress --front)")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write (default: report.html)")
     parser.add_argument("--title", help="the page's heading")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the page")
     options = parser.parse_args(argv)
-    made = write_report(options.results, options.output, options.run, options.title, options.efficiency)
+    made = write_report(options.results, options.output, options.run, options.title, options.efficiency, options.front)
     if options.json:
         sys.stdout.write(json.dumps(made) + "\n")
     else:

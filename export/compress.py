@@ -2,6 +2,7 @@
 
     mclip compress CKPT OUT --calibrate PAIRS --store STORE --validation PAIRS          # prune and recover
     mclip compress CKPT OUT --calibrate PAIRS --latency 0.5 --max-recall-loss 0.5       # int8 of each tower, within a budget
+    mclip compress CKPT OUT --calibrate PAIRS --max-recall-loss 0.5 --front             # and every other way beside it, for mclip report --front OUT
 
 `OUT/pruned` is the checkpoint as it left the knife; `OUT` itself is the one after recovery. Recovery is training
 (`distill.train`), so it goes on where it was interrupted when the same command is run again; so does the search.
@@ -34,6 +35,7 @@ from runtime.files import file_sha256, write_json
 from runtime.pairs import open_pairs
 
 SCHEMA = 1
+FRONT = "front.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,8 @@ class CompressConfig:
     seed: int = 0
     threads: int = 1
     """Torch threads of the recovery."""
+    front: bool = False
+    """Write OUT/front.json: every way to make the towers smaller or faster, measured beside each other (`mclip report --front OUT`)."""
     json: bool = False
     """Print the report as one JSON object."""
 
@@ -87,9 +91,10 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
     source = receipt["files"]["model.safetensors"]["sha256"]
     fingerprint = _fingerprint(config, source)
     done = _finished(config.out, fingerprint)
-    if done is not None:
+    if done is not None and not (config.front and not (config.out / FRONT).is_file()):
         say(f"{config.out} is complete")
         return done
+    _refuse_foreign(config.out, source)
     model = load_checkpoint(config.checkpoint, verify=False)
     report: dict[str, Any] = {"fingerprint": fingerprint, "source_sha256": source, "before": _facts(config, config.checkpoint, model)}
     say(f"before: {_line(report['before'])}")
@@ -129,7 +134,7 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
 
 
 def _searches(config: CompressConfig) -> bool:
-    return config.latency is not None or config.max_recall_loss is not None
+    return config.latency is not None or config.max_recall_loss is not None or config.front
 
 
 def _prunes(config: CompressConfig) -> bool:
@@ -199,9 +204,23 @@ def _finish(config: CompressConfig, report: dict[str, Any], found: dict[str, Any
                 towers[tower][target] = [name for name in towers[tower][target] if name != "int8"]
         decided |= {"int8": found["int8"], "refused": found["refused"]}
     write_json(path, decided)
+    written = [path]
+    if found is not None and found["front"] is not None:
+        write_json(config.out / FRONT, found["front"])
+        written.append(config.out / FRONT)
     receipt = json.loads((config.out / "receipt.json").read_text(encoding="utf-8"))
-    receipt["files"]["precision.json"] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    receipt["files"] |= {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in written}
     write_json(config.out / "receipt.json", {**receipt, "compress": report})
+
+
+def _refuse_foreign(out: Path, source: str) -> None:
+    """Raises RecipeError where OUT is a checkpoint that was not made from this one."""
+    try:
+        receipt = json.loads((out / "receipt.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if "compress" in receipt and receipt["compress"].get("source_sha256") != source:
+        raise RecipeError(f"'{out}' holds the compression of another checkpoint; give another OUT, or remove that folder")
 
 
 def _fingerprint(config: CompressConfig, source: str) -> str:

@@ -109,7 +109,7 @@ class Search:
         good = 0
         for count in [rung for rung in RUNGS if rung < len(order)]:
             rung = dataclasses.replace(recipe, float_layers=tuple(sorted(name for _, name in order[:count])))
-            quality = Quality(**self._once("quality", rung.as_dict(), lambda rung=rung: dataclasses.asdict(self._judge(self._bytes(rung)))))
+            quality = Quality(**self._once("quality", rung.as_dict(), lambda rung=rung: dataclasses.asdict(self._judge(self.graph(rung)))))
             rungs.append((rung, quality))
             problem = quality.misses(self.limits)
             self.say(f"{self.tower}: {count} of {len(order)} layers float: centred p1 {quality.centred_p1:.4f}, top-10 overlap {quality.overlap10:.4f}, recall@1 "
@@ -136,8 +136,11 @@ class Search:
         return OnnxEncoder(serialize(self.model))(self.probe)
 
     def _loss(self, made: onnx.ModelProto) -> float:
-        """Mean centred cosine that is missing, over the probe."""
-        return float(1 - centred_cosines(OnnxEncoder(serialize(made))(self.probe), self._exact).mean())
+        """Mean centred cosine that is missing, over the probe; a shift of all embeddings is left out where biases will make up for it."""
+        found = OnnxEncoder(serialize(made))(self.probe)
+        if self._convolutions:
+            found = found - found.mean(axis=0) + self._exact.mean(axis=0)
+        return float(1 - centred_cosines(found, self._exact).mean())
 
     def _made(self, recipe: Int8Recipe) -> onnx.ModelProto:
         return make_int8(self.model, self.rows, recipe)
@@ -200,7 +203,7 @@ class Search:
         self.say(f"{self.tower}: ranges by {best}; " + ", ".join(f"{method} {loss:.4f}" for method, loss in losses.items()))
         return best
 
-    def _bytes(self, recipe: Int8Recipe) -> bytes:
+    def graph(self, recipe: Int8Recipe) -> bytes:
         """The graph of a rung, made once."""
         if recipe not in self._graphs:
             self._graphs[recipe] = serialize(self._made(recipe))
@@ -218,7 +221,7 @@ class Search:
             encoders: dict[tuple[int, str], Any] = {}
             sizes = []
             for place, (recipe, _) in enumerate(rungs):
-                data = self._bytes(recipe)
+                data = self.graph(recipe)
                 sizes.append(len(data))
                 encoders[place, "onnx"] = OnnxEncoder(data)
                 if self._convolutions:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from export.draft import Job
+from export.front import Arm, arms_of, measure_front, names_of
 from export.quality import Limits
 from export.search import Point, Search, best, table
 from export.to_onnx import export_onnx
-from export.towers import TOWERS, choose_rows, encoder_of, read_samples
+from export.towers import TOWERS, Tower, choose_rows, encoder_of, read_samples
 from export.verify import at_chance, reference_of
 from mobileclip.checkpoint import open_tokenizer, preprocess_config
 from mobileclip.model import ImageTextModel
@@ -29,6 +32,7 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
     """Search both towers within the limits of a `CompressConfig`.
 
     Returns:
+        `front`: with `--front` what `measure_front` returns.
         `int8`: tower to the recipe that the exporter follows. `refused`: tower to target to the reason why it gets no int8. `report`: every point that was
         measured. `calibration`: which pairs decided.
 
@@ -51,6 +55,8 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
         raise RecipeError(f"nothing would judge a search for int8: the checkpoint is {untrained}; train it first, or give pairs that it knows")
     folded = model if model.config.folded else reparameterize(model)[0]
     points: list[Point] = []
+    arms: dict[Tower, list[Arm]] = {}
+    front_files = tempfile.TemporaryDirectory() if config.front else None
     for tower in TOWERS:
         graph = export_onnx(encoder_of(folded, tower), rows.inputs(tower))
         notes = config.out.with_name(f"{config.out.name}.search") / f"{tower}.json"
@@ -58,10 +64,18 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
         search = Search(
             tower=tower, model=graph, rows=rows.inputs(tower), probe=probe.inputs(tower), judge=judge, reference=reference, limits=limits, notes=notes, say=say
         )
-        points += search.run()
+        found_points = search.run()
+        points += found_points
+        if front_files is not None:
+            half = Job(model=folded, tower=tower, calibration=rows, folder=Path(front_files.name)).onnx_half
+            graphs = {name: search.graph(point.recipe) for name, point in names_of(found_points).items()}
+            arms[tower] = arms_of(tower, graph, rows.inputs(tower), half, graphs, Path(front_files.name) / tower)
     for line in table(points).splitlines():
         say(line)
-    found: dict[str, Any] = {"int8": {}, "refused": {}, "report": [point.as_dict() for point in points]}
+    found: dict[str, Any] = {"int8": {}, "refused": {}, "report": [point.as_dict() for point in points], "front": None}
+    if front_files is not None:
+        found["front"] = measure_front(arms, judge, reference, say=say)
+        front_files.cleanup()
     for tower in TOWERS:
         own = [point for point in points if point.tower == tower]
         chosen = best(own)

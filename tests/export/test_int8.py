@@ -251,6 +251,25 @@ def test_equalisation_makes_int8_better_where_channels_differ(products, rows):
     assert far(smooth, products, rows) < 0.5 * far(plain, products, rows)
 
 
+def test_a_channel_that_never_moves_does_not_set_the_scale(rows):
+    """Its weights are a thousand times those of the others and multiply zeros."""
+
+    class Dead(Products):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            keep = torch.ones(32)
+            keep[7] = 0.0
+            return self.out(torch.relu(x) * keep).mean(1)
+
+    torch.manual_seed(0)
+    tower = Dead().eval()
+    with torch.no_grad():
+        tower.out.weight[:, 7] = 1000 * tower.out.weight[:, 7]
+    model = export_onnx(Encoder(tower, "image"), rows)
+    lost = [far(make_int8(model, rows, Int8Recipe(form="dynamic", alpha=alpha)), model, rows) for alpha in (None, 0.5)]
+    assert lost[0] > 0.1
+    assert lost[1] < 0.001
+
+
 def test_equalisation_where_a_norm_has_another_reader(rows):
     """The factor may not go into a layer norm whose output is also added elsewhere."""
 
