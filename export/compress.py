@@ -1,6 +1,7 @@
 """`mclip compress`: prune a checkpoint, recover it from the store, search for its int8 form, and say what each of that cost.
 
-    mclip compress CKPT OUT --calibrate PAIRS --store STORE --validation PAIRS          # prune and recover
+    mclip compress CKPT OUT --calibrate PAIRS --store STORE --validation PAIRS          # prune feed-forward layers and recover
+    mclip compress CKPT OUT --calibrate PAIRS --store STORE --prune-latency 0.5         # whole towers, to half of their time
     mclip compress CKPT OUT --calibrate PAIRS --latency 0.5 --max-recall-loss 0.5       # int8 of each tower, within a budget
     mclip compress CKPT OUT --calibrate PAIRS --max-recall-loss 0.5 --front             # and every other way beside it, for mclip report --front OUT
 
@@ -23,8 +24,9 @@ import tyro
 
 from distill.evaluate import TorchEncoder
 from distill.progress import stamped_lines
+from export import narrow
 from export.artefacts import allowed_pairs
-from export.prune import prune_ffn
+from export.prune import Report, prune_ffn
 from export.search_towers import search_towers
 from export.towers import TOWERS, choose_rows, read_samples
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
@@ -36,6 +38,7 @@ from runtime.pairs import open_pairs
 
 SCHEMA = 1
 FRONT = "front.json"
+DECIDING = ("calibration", "recover_samples", "recipe", "seed", "latency", "max_recall_loss", "judge", "prune_latency", "importance")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +57,10 @@ class CompressConfig:
     """Pairs that retrieval is reported on, before and after. Not the test split."""
     ratio: float | None = None
     """Share of the hidden units of every feed-forward layer that go. Left out: a quarter, but none where int8 is searched for."""
+    prune_latency: float | None = None
+    """Cut whole towers instead: stages, streams, heads, layers, hidden units, to this share of their measured time together (export/narrow.py)."""
+    importance: str = "fisher"
+    """What such a cut goes by: fisher, activation or norm."""
     latency: float | None = None
     """Search for int8: most time of a tower beside its float32 under ONNX Runtime, one thread."""
     max_recall_loss: float | None = None
@@ -87,6 +94,8 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
         raise CheckpointError(f"there is no checkpoint at '{config.checkpoint}'; expected a folder written by mclip train")
     if config.out.resolve() == config.checkpoint.resolve():
         raise RecipeError("the compressed checkpoint would overwrite the one that it is made from; give another OUT")
+    if config.prune_latency is not None and config.ratio is not None:
+        raise RecipeError("--ratio cuts feed-forward layers and --prune-latency whole towers; give one of them")
     receipt = verify_receipt(config.checkpoint)
     source = receipt["files"]["model.safetensors"]["sha256"]
     fingerprint = _fingerprint(config, source)
@@ -138,12 +147,14 @@ def _searches(config: CompressConfig) -> bool:
 
 
 def _prunes(config: CompressConfig) -> bool:
-    return bool(_ratio(config))
+    return bool(_ratio(config)) or config.prune_latency is not None
 
 
 def _ratio(config: CompressConfig) -> float:
     if config.ratio is not None:
         return config.ratio
+    if config.prune_latency is not None:
+        return 0.0
     return 0.0 if _searches(config) and config.store is None else 0.25
 
 
@@ -161,7 +172,15 @@ def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say:
     samples, skipped = read_samples(pairs, rows, preprocess_config(model.config), open_tokenizer(config.checkpoint, model.config))
     for line in skipped:
         say(f"left out: {line}")
-    pruned, facts = prune_ffn(model, _ratio(config), samples)
+    facts: Report | narrow.Report
+    if config.prune_latency is not None:
+        cache = _notes(config) / "times.json"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        pruned, facts = narrow.narrow(model, config.prune_latency, samples, cache=cache, method=config.importance, seed=config.seed, say=say)
+        line = f"narrowed (image: {facts.image}; text: {facts.text}) to {facts.time_share:.2f} of the time"
+    else:
+        pruned, facts = prune_ffn(model, _ratio(config), samples)
+        line = f"pruned {_ratio(config):.0%} of the hidden units"
     save_checkpoint(pruned, folder, tokenizer=config.checkpoint / "tokenizer.json")
     found = {
         "prune": facts.as_dict(),
@@ -170,10 +189,14 @@ def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say:
     }
     receipt = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))
     write_json(folder / "receipt.json", {**receipt, "prune": {"fingerprint": fingerprint, "report": found}})
-    say(
-        f"pruned {_ratio(config):.0%} of the hidden units: {_line(found['pruned'])}; cosine to before {facts.image_cosine_mean:.4f} / {facts.text_cosine_mean:.4f}"
-    )
+    agreement = "" if isinstance(facts, narrow.Report) else f"; cosine to before {facts.image_cosine_mean:.4f} / {facts.text_cosine_mean:.4f}"
+    say(f"{line}: {_line(found['pruned'])}{agreement}")
     return found
+
+
+def _notes(config: CompressConfig) -> Path:
+    """What was measured on the way, beside OUT: a run that was interrupted goes on from it."""
+    return config.out.with_name(f"{config.out.name}.search")
 
 
 def _facts(config: CompressConfig, folder: Path, model: ImageTextModel) -> dict[str, Any]:
@@ -224,7 +247,7 @@ def _refuse_foreign(out: Path, source: str) -> None:
 
 
 def _fingerprint(config: CompressConfig, source: str) -> str:
-    settings = {name: str(getattr(config, name)) for name in ("calibration", "recover_samples", "recipe", "seed", "latency", "max_recall_loss", "judge")}
+    settings = {name: str(getattr(config, name)) for name in DECIDING}
     facts = {**settings, "ratio": _ratio(config), "source": source, "store": config.store is not None}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

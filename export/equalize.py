@@ -8,7 +8,6 @@ inserted, and whether its time pays is for the caller to measure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ class Report:
 
 
 def equalize(
-    model: onnx.ModelProto, rows: np.ndarray, *, alpha: float, leave: Collection[str] = ()
+    model: onnx.ModelProto, rows: np.ndarray, *, alpha: float
 ) -> tuple[onnx.ModelProto, Report]:
     """Equalise the inputs of all products with constant weights (MatMul, Gemm).
 
@@ -47,7 +46,6 @@ def equalize(
         model: float32; left alone.
         rows: (N, …) inputs that channel maxima are taken over.
         alpha: how much of the difficulty goes to the weights: 0 gives none of it, 1 makes the activations' channels alike.
-        leave: names of nodes not to touch.
 
     Returns:
         The changed copy, and what was done.
@@ -62,7 +60,7 @@ def equalize(
     graph = Graph(changed)
     groups: dict[str, list[onnx.NodeProto]] = {}
     for node in changed.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.name not in leave and _weights(graph, node) is not None:
+        if node.op_type in ("MatMul", "Gemm") and _weights(graph, node) is not None:
             groups.setdefault(node.input[0], []).append(node)
     maxima = channel_maxima(model, sorted(groups), rows, axis=-1)
     folded: list[str] = []

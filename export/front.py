@@ -21,7 +21,7 @@ from export.quality import Quality, judge, rare_rows
 from export.quantize import quantize_blocks
 from export.search import SETTLE, Point, openvino_encoders
 from export.to_onnx import OnnxEncoder, quiet, serialize
-from export.to_openvino import OpenVinoEncoder, import_openvino, save
+from export.to_openvino import OpenVinoEncoder, import_openvino, nothing_said, save
 from export.towers import TOWERS, Samples, Tower
 from export.verify import Reference
 from runtime.errors import MissingExtraError
@@ -121,7 +121,7 @@ def _nncf(model: onnx.ModelProto, rows: np.ndarray, folder: Path) -> list[Arm]:
         ov, nncf = import_openvino("the front"), import_openvino("the front", quantiser=True)
     except MissingExtraError:
         return []
-    with quiet("nncf", "root"):
+    with nothing_said():
         made = nncf.quantize(ov.convert_model(io.BytesIO(serialize(model))), nncf.Dataset([row[None] for row in rows]), subset_size=len(rows))
     saved = save(made, folder)
     size = sum(path.stat().st_size for path in Path(saved).iterdir())

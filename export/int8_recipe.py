@@ -73,7 +73,7 @@ def make_int8(model: onnx.ModelProto, rows: np.ndarray, recipe: Int8Recipe, *, s
     if missing:
         raise ParityError(f"precision.json leaves the layer {missing[0]} float, but this graph has none of that name; run mclip compress again with these versions")
     if recipe.alpha is not None:
-        model, _ = equalize(model, rows, alpha=recipe.alpha, leave=recipe.float_layers)
+        model, _ = equalize(model, rows, alpha=recipe.alpha)  # those that compute in floats too: their weights are stored in int8
     if recipe.form == "dynamic" and not symmetric:
         return quantize_blocks(quantize_dynamic(fuse_attention(model)[0], leave=recipe.float_layers))
     chosen = [name for name in known if name not in recipe.float_layers]

@@ -35,7 +35,7 @@ _TELEMETRY = "openvino_telemetry"
 
 
 @contextlib.contextmanager
-def _nothing_said() -> Iterator[None]:
+def nothing_said() -> Iterator[None]:
     """Silence log lines, progress bars and warnings of openvino and nncf."""
     with quiet("nncf", "root"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
@@ -55,7 +55,7 @@ def import_openvino(purpose: str, *, quantiser: bool = False) -> Any:
     try:
         if hidden:
             sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
-        with _nothing_said():
+        with nothing_said():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
@@ -103,7 +103,7 @@ def convert(job: Job, graph: onnx.ModelProto | None = None) -> Any:
     """
     ov = import_openvino("exporting to OpenVINO")
     try:
-        with _nothing_said():
+        with nothing_said():
             model = ov.convert_model(io.BytesIO(serialize(job.onnx if graph is None else graph)))
     except Exception as error:
         operation = _refused(job.onnx, str(error))
@@ -129,7 +129,7 @@ def quantize(model: Any, job: Job) -> Any:
     nncf = import_openvino("quantising for OpenVINO", quantiser=True)
     convolutions = [operation.get_friendly_name() for operation in model.get_ordered_ops() if operation.get_type_name() in ("Convolution", "GroupConvolution")]
     rows = [job.rows[n : n + 1] for n in range(len(job.rows))]
-    with _nothing_said():
+    with nothing_said():
         if convolutions:
             quantised = nncf.quantize(
                 model,
@@ -206,7 +206,7 @@ def save(model: Any, folder: str | os.PathLike[str], *, half: bool = False) -> P
     """
     ov = import_openvino("exporting to OpenVINO")
     folder = Path(folder)
-    with whole_folder(folder) as temporary, _nothing_said():
+    with whole_folder(folder) as temporary, nothing_said():
         temporary.mkdir()
         ov.save_model(model, temporary / "model.xml", compress_to_fp16=half)
     return folder

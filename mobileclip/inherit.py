@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,12 +57,16 @@ class Report:
     image: TowerReport
     text: TowerReport
     shared_space: str
+    kept: dict[str, float]
+    """Tower to the share of its importance (squared weights, or what was given) that the student has."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def inherit(student: ImageTextModel, source: ImageTextModel, *, layers: Layers = "even", channels: Channels = "norm") -> tuple[ImageTextModel, Report]:
+def inherit(
+    student: ImageTextModel, source: ImageTextModel, *, layers: Layers = "even", channels: Channels = "norm", importance: Mapping[str, Tensor] | None = None
+) -> tuple[ImageTextModel, Report]:
     """A copy of `student` with weights of `source` wherever the two are of one kind; both are left alone.
 
     Where the student has the source's dimensions it gets the source's weights, bit for bit. What the source does not have
@@ -74,6 +78,7 @@ def inherit(student: ImageTextModel, source: ImageTextModel, *, layers: Layers =
         layers: which blocks: "even" spreads them from the source's first to its last, "first" takes the first ones; a list
             names the source's attention blocks for the text tower, and the image tower's stages then take "even".
         channels: "norm" keeps those with the largest weights, "first" those with the smallest numbers.
+        importance: of the source's parameters, by name and of their shapes: what "norm" goes by in place of squared weights (export/importance.py).
 
     Returns:
         The student, whose config carries the source's licence and name, and the report.
@@ -88,7 +93,7 @@ def inherit(student: ImageTextModel, source: ImageTextModel, *, layers: Layers =
             raise CheckpointError(f"the {role} '{model.config.name}' is folded: the branches that training needs are gone; take the checkpoint from before folding")
     result = copy.deepcopy(student)
     wirings = {"image": image_wiring(student, source, layers), "text": text_wiring(student, source, layers)}
-    transfer = _Transfer(result, source, wirings, channels)
+    transfer = _Transfer(result, source, wirings, channels, importance)
     transfer.copy()
     if not wirings["text"].note:
         transfer.copy_table()
@@ -105,7 +110,7 @@ def inherit(student: ImageTextModel, source: ImageTextModel, *, layers: Layers =
     result.config = dataclasses.replace(result.config, sources=(*source.config.sources, f"weights inherited from {source.config.name} ({source.config.licence})"))
     report = Report(
         source=source.config.name, licence=source.config.licence, image=transfer.report("image", wirings["image"]), text=transfer.report("text", wirings["text"]),
-        shared_space=transfer.space,
+        shared_space=transfer.space, kept=transfer.kept(),
     )  # fmt: skip
     return result, report
 
@@ -113,9 +118,13 @@ def inherit(student: ImageTextModel, source: ImageTextModel, *, layers: Layers =
 class _Transfer:
     """One choice of channels, and the copies that follow from it."""
 
-    def __init__(self, result: ImageTextModel, source: ImageTextModel, wirings: dict[str, Wiring], channels: Channels) -> None:
+    def __init__(
+        self, result: ImageTextModel, source: ImageTextModel, wirings: dict[str, Wiring], channels: Channels, importance: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.importance, self.kept_of = importance or {}, {"image": 0.0, "text": 0.0}
         self.result, self.source_model, self.channels = result, source, channels
         self.student, self.source = result.state_dict(), source.state_dict()
+        self.parameters = {name for name, _ in source.named_parameters()} - {TABLE, NARROW}
         self.links = [link for wiring in wirings.values() for link in wiring.links]
         self.ties = {name: tie for wiring in wirings.values() for name, tie in wiring.ties.items()}
         self.heads = {name: heads for wiring in wirings.values() for name, heads in wiring.heads.items()}
@@ -136,7 +145,7 @@ class _Transfer:
                     continue
                 sizes[space] = (self.student[link.student].shape[axis], weight.shape[axis])
                 if weight.ndim > 1 and not link.source.endswith("gamma"):
-                    self._vote(votes, space, _energy(weight, axis))
+                    self._vote(votes, space, self._worth(link.source, axis))
         if self.token_rows is not None and self.table is not None:
             self._vote(votes, "text.width", _energy(self.table[self.token_rows.source], 1))
         picks: dict[str, Pick] = {}
@@ -152,6 +161,25 @@ class _Transfer:
             picks[space] = Pick.leading(chosen.flatten(), *sizes[space])
         return picks
 
+    def _worth(self, name: str, axis: int) -> Tensor:
+        """(C,) what the slices of a source's tensor along an axis are worth."""
+        if name in self.importance:
+            return self.importance[name].double().movedim(axis, 0).flatten(1).sum(1)
+        return _energy(effective_weight(self.source, name), axis)
+
+    def _all(self, name: str) -> Tensor:
+        """The worth of every element of a source's tensor."""
+        return self.importance[name].double() if name in self.importance else effective_weight(self.source, name).detach().double().square()
+
+    def kept(self) -> dict[str, float]:
+        """Share of each tower's importance that was copied; what is seen through a rotation counts as copied whole along it."""
+        total = {"image": 0.0, "text": 0.0}
+        for name, parameter in self.source_model.named_parameters():
+            tower = name.split(".")[0]
+            if tower in total and parameter.ndim > 1 and name not in (TABLE, NARROW):
+                total[tower] += float(self._all(name).sum())
+        return {tower: self.kept_of[tower] / total[tower] if total[tower] else 0.0 for tower in total}
+
     def _vote(self, votes: dict[str, Tensor], space: str, energy: Tensor) -> None:
         """Every tensor has as much to say as any other, whatever its scale; a tied space votes for the one that it is made of."""
         while space in self.ties:
@@ -164,9 +192,9 @@ class _Transfer:
     def _choose_heads(self, name: str, heads: Heads) -> dict[str, Pick]:
         """Whole heads first, then dimensions within each: queries and keys of one dimension go together, values and what reads them as well."""
         (few, narrow), (many, wide) = heads.student, heads.source
-        q, k, v = _energy(self.source[heads.qkv], 0).reshape(3, many, wide)
+        q, k, v = self._worth(heads.qkv, 0).reshape(3, many, wide)
         match = (q * k).sqrt()  # what a dimension adds to the attention logits
-        carry = (v * _energy(self.source[heads.out], 1).reshape(many, wide)).sqrt()
+        carry = (v * self._worth(heads.out, 1).reshape(many, wide)).sqrt()
         first = self.channels == "first"
         worth = sum((part.sum(1) / part.sum().clamp_min(1e-30) for part in (match, carry)), torch.zeros(many, dtype=match.dtype))
         chosen = _best(None if first else worth, many, few)
@@ -203,6 +231,7 @@ class _Transfer:
     def copy(self) -> None:
         for link in self.links:
             ours, theirs = self.student[link.student], self.source[link.source]
+            worth = self._all(link.source) if link.source in self.parameters and theirs.ndim > 1 else None
             places = []
             for axis, space in enumerate(link.axes):
                 size, of = ours.shape[axis], theirs.shape[axis]
@@ -217,8 +246,12 @@ class _Transfer:
                 if pick is None:
                     break
                 theirs = theirs.index_select(axis, pick.source)
+                if worth is not None and space != EMBED:
+                    worth = worth.index_select(axis, pick.source)
                 places.append(pick.student)
             else:
+                if worth is not None:
+                    self.kept_of[link.source.split(".")[0]] += float(worth.sum())
                 self._put(link.student, ours, theirs, places)
                 continue
             shapes = f"{tuple(ours.shape)} does not fit the source's {tuple(self.source[link.source].shape)}"
