@@ -8,6 +8,8 @@ from . import charts, markup
 from .gather import Material
 
 TITLES = {"image": "Image tower", "text": "Text tower", "joint": "Both towers"}
+WORTH = 0.85
+SLOWEST, LEAST = 1.3, 0.6  # what the charts show
 SHORT = {"layers float": "float", "searched, ": "searched ", "one call, ": "1 call "}
 
 
@@ -43,13 +45,15 @@ def _label(point: dict[str, Any]) -> str:
 
 def _chart(points: list[dict[str, Any]], tower: str) -> str:
     rows = [{"name": _label(point), "x": point["latency_ratio"], "value": point["overlap10"], "bytes": point["bytes_ratio"], "front": point["front"]} for point in points]
-    if not rows:
+    drawn = [row for row in rows if row["x"] <= SLOWEST and row["value"] >= LEAST]
+    if not drawn:
         return ""
-    return markup.chart(charts.front(rows, "time beside float32", "top-10 overlap", f"{TITLES[tower]}: overlap over time"), TITLES[tower], f"({len(rows)} points)")
+    note = f"({len(drawn)} points; {len(rows) - len(drawn)} that are slower than {SLOWEST:g} or below {LEAST:g} stand in the table alone)"
+    return markup.chart(charts.front(drawn, "time beside float32", "top-10 overlap", f"{TITLES[tower]}: overlap over time"), TITLES[tower], note)
 
 
 def _table(points: list[dict[str, Any]], tower: str) -> str:
-    shown = [point for point in points if point["front"]] if tower == "joint" else points
+    shown = [point for point in points if point["front"] and point["overlap10"] >= WORTH] if tower == "joint" else points
     rows = [
         [
             markup.text(_name(point)) + (" " + markup.badge("front", "good") if point["front"] else ""), f"{point['latency_ratio']:.2f}",
@@ -59,4 +63,5 @@ def _table(points: list[dict[str, Any]], tower: str) -> str:
         for point in sorted(shown, key=lambda point: point["latency_ratio"])
     ]  # fmt: skip
     heads = ["form, runtime", "time", "95 % interval", "bytes", "centred cosine p1", "top-10 overlap", "recall@1, points", "95 % interval", "rare words, points"]
-    return markup.table(f"{TITLES[tower]}: {'the pairs that nothing beats' if tower == 'joint' else 'everything that was tried'}", heads, rows) if rows else ""
+    what = f"pairs that nothing beats, of an overlap of at least {WORTH:g}" if tower == "joint" else "everything that was tried"
+    return markup.table(f"{TITLES[tower]}: {what}", heads, rows) if rows else ""
