@@ -7,11 +7,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from export.artefacts import Maker
 from export.draft import Job
+from export.quantize import quantize_dynamic
+from export.to_onnx import OnnxEncoder, serialize
 from export.towers import Samples, Tower
 from export.verify import Reference, reference_of
 from mobileclip.model import ImageTextModel
@@ -34,20 +37,38 @@ def outlier(pocket, samples) -> ImageTextModel:
         text.positional_embedding[:, 5] += 30
         for norm in (module for module in text.modules() if isinstance(module, torch.nn.LayerNorm)):
             norm.weight[5] = 0.0
-        embeddings = model.encode_image(torch.from_numpy(samples.pixels))
-        kept: list[torch.Tensor] = []
-        handle = text.projection.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-        text(torch.from_numpy(samples.tokens))
-        handle.remove()
-        features, eye = kept[0].double(), torch.eye(kept[0].shape[1], dtype=torch.float64)
-        gram = features.T @ features
-        text.projection.weight.copy_(torch.linalg.solve(gram + gram.diagonal().mean() * eye, features.T @ embeddings.double()).T)
+    return finding(model, samples)
+
+
+@pytest.fixture(scope="module")
+def signs(pocket, samples) -> ImageTextModel:
+    """A text tower whose weights are one magnitude a row, as binary and ternary training leaves them: in eight bits each is at the end of the range."""
+    model = copy.deepcopy(pocket)
+    with torch.no_grad():
+        for layer in (module for module in model.text.blocks.modules() if isinstance(module, torch.nn.Linear)):
+            layer.weight.copy_(layer.weight.sign() * layer.weight.abs().mean(1, keepdim=True))
+            layer.weight[:, 1::2] = layer.weight[:, 0::2]
+    return finding(model, samples)
+
+
+@torch.no_grad()
+def finding(model: ImageTextModel, samples: Samples) -> ImageTextModel:
+    """The model with its text projection solved for the pictures of the samples."""
+    text = model.text
+    embeddings = model.encode_image(torch.from_numpy(samples.pixels))
+    kept: list[torch.Tensor] = []
+    handle = text.projection.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    text(torch.from_numpy(samples.tokens))
+    handle.remove()
+    features, eye = kept[0].double(), torch.eye(kept[0].shape[1], dtype=torch.float64)
+    gram = features.T @ features
+    text.projection.weight.copy_(torch.linalg.solve(gram + gram.diagonal().mean() * eye, features.T @ embeddings.double()).T)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def models(pocket, outlier, samples) -> dict[str, tuple[ImageTextModel, Reference]]:
-    return {name: (model, reference_of(model, samples)) for name, model in (("pocket", pocket), ("outlier", outlier))}
+def models(pocket, outlier, signs, samples) -> dict[str, tuple[ImageTextModel, Reference]]:
+    return {name: (model, reference_of(model, samples)) for name, model in (("pocket", pocket), ("outlier", outlier), ("signs", signs))}
 
 
 def judged(model: ImageTextModel, reference: Reference, tower: Tower, precisions: tuple[str, ...], samples: Samples, folder: Path) -> dict[str, Artefact]:
@@ -113,6 +134,14 @@ def test_fault_of_the_bundle(name, pocket_bundle, tmp_path, capsys):
     said = capsys.readouterr()
     assert re.search(fault.says, said.out), said.out
     assert "does not pass" in said.err
+
+
+def test_seven_bits_do_not_saturate_without_vnni(models, samples, tmp_path):
+    """The remedy, computed in the same way: nothing saturates, so the emulation gives what this processor gives."""
+    model, _ = models["signs"]
+    job = Job(model=model, tower="text", calibration=samples, folder=tmp_path)
+    emulated = OnnxEncoder(serialize(graphs.saturating(job, seven_bits=True)))(samples.tokens)
+    np.testing.assert_allclose(emulated, OnnxEncoder(serialize(quantize_dynamic(job.onnx)))(samples.tokens), atol=2e-2)
 
 
 def test_no_false_alarm(models, samples, tmp_path, pocket_bundle, capsys):
