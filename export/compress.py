@@ -24,11 +24,13 @@ import tyro
 
 from distill.evaluate import TorchEncoder
 from distill.progress import stamped_lines
+from distill.store import open_store
 from export import narrow
 from export.artefacts import allowed_pairs
+from export.four_bit import finetune_four_bit
 from export.prune import Report, prune_ffn
 from export.search_towers import search_towers
-from export.towers import TOWERS, choose_rows, read_samples
+from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
 from mobileclip.model import ImageTextModel, count_parameters
 from runtime.errors import CheckpointError, RecipeError
@@ -38,7 +40,7 @@ from runtime.pairs import open_pairs
 
 SCHEMA = 1
 FRONT = "front.json"
-DECIDING = ("calibration", "recover_samples", "recipe", "seed", "latency", "max_recall_loss", "judge", "prune_latency", "importance")
+DECIDING = ("calibration", "recover_samples", "recipe", "seed", "latency", "max_recall_loss", "judge", "prune_latency", "importance", "four_bit_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,8 @@ class CompressConfig:
     """Cut whole towers instead: stages, streams, heads, layers, hidden units, to this share of their measured time together (export/narrow.py)."""
     importance: str = "fisher"
     """What such a cut goes by: fisher, activation or norm."""
+    four_bit_steps: int | None = None
+    """Train the text tower's weights onto a 4-bit grid for this many steps of 64 texts (`mclip export --precision int4`); 0 rounds alone."""
     latency: float | None = None
     """Search for int8: most time of a tower beside its float32 under ONNX Runtime, one thread."""
     max_recall_loss: float | None = None
@@ -96,6 +100,8 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
         raise RecipeError("the compressed checkpoint would overwrite the one that it is made from; give another OUT")
     if config.prune_latency is not None and config.ratio is not None:
         raise RecipeError("--ratio cuts feed-forward layers and --prune-latency whole towers; give one of them")
+    if config.four_bit_steps is not None and _prunes(config):
+        raise RecipeError("--four-bit-steps trains weights that stay; prune first, and give the pruned checkpoint to a second mclip compress")
     receipt = verify_receipt(config.checkpoint)
     source = receipt["files"]["model.safetensors"]["sha256"]
     fingerprint = _fingerprint(config, source)
@@ -109,10 +115,13 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
     say(f"before: {_line(report['before'])}")
     found = None
     if not _prunes(config):
-        found = search_towers(config, config.checkpoint, model, say)
+        if config.four_bit_steps is not None:
+            model, report["four_bit"], report["calibration"] = _four_bit(config, model, say)
+        if _searches(config):
+            found = search_towers(config, config.checkpoint, model, say)
+            report |= {"calibration": found["calibration"], "int8": found["report"]}
         config.out.mkdir(parents=True, exist_ok=True)
         save_checkpoint(model, config.out, tokenizer=config.checkpoint / "tokenizer.json", extra={"stage": "compress"})
-        report |= {"calibration": found["calibration"], "int8": found["report"]}
         _finish(config, report, found)
         return report
     report |= _prune(config, model, fingerprint, say)
@@ -153,7 +162,7 @@ def _prunes(config: CompressConfig) -> bool:
 def _ratio(config: CompressConfig) -> float:
     if config.ratio is not None:
         return config.ratio
-    if config.prune_latency is not None:
+    if config.prune_latency is not None or config.four_bit_steps is not None:
         return 0.0
     return 0.0 if _searches(config) and config.store is None else 0.25
 
@@ -197,6 +206,24 @@ def _prune(config: CompressConfig, model: ImageTextModel, fingerprint: str, say:
 def _notes(config: CompressConfig) -> Path:
     """What was measured on the way, beside OUT: a run that was interrupted goes on from it."""
     return config.out.with_name(f"{config.out.name}.search")
+
+
+def _four_bit(config: CompressConfig, model: ImageTextModel, say: Callable[[str], None]) -> tuple[ImageTextModel, dict[str, Any], dict[str, Any]]:
+    """The model with its text weights on the 4-bit grid, what that did, and what it was trained on: the store's captions where there is a store, else the pairs'."""
+    pairs, tokenizer = open_pairs(config.calibrate), open_tokenizer(config.checkpoint, model.config)
+    (rows,) = choose_rows(len(pairs), (config.calibration,), config.seed)
+    samples, _ = read_samples(pairs, rows, preprocess_config(model.config), tokenizer)
+    texts = list(samples.captions)
+    if config.store is not None:
+        store = open_store(config.store)
+        texts = [store.caption(row, j).text for row in range(len(store)) for j in range(int(store.caption_counts[row]))]
+    texts = sorted(set(texts))
+    found, facts = finetune_four_bit(model, tokenizer(texts), embed(image_encoder(model), samples.pixels), steps=config.four_bit_steps or 0, seed=config.seed, say=say)
+    say(
+        f"4-bit text weights: centred cosine p1 {facts.rounded_p1:.4f} rounded, {facts.trained_p1:.4f} trained (mean {facts.rounded_mean:.4f}, {facts.trained_mean:.4f}), "
+        f"{len(texts):,} texts"
+    )
+    return found, facts.as_dict(), {"n": len(samples), "seed": config.seed, "keys_sha256": hashlib.sha256("\n".join(samples.keys).encode()).hexdigest()}
 
 
 def _facts(config: CompressConfig, folder: Path, model: ImageTextModel) -> dict[str, Any]:

@@ -80,6 +80,13 @@ class Job:
 
         return quantize_tower(self.onnx, self.rows) if self.recipe is None else make_int8(self.onnx, self.rows, self.recipe)
 
+    @functools.cached_property
+    def onnx_int4(self) -> onnx.ModelProto:
+        """The graph of `onnx` with weights in four bits. Raises ParityError where it has next to no weights of matrix products."""
+        from export.quantize import quantize_four_bit
+
+        return quantize_four_bit(self.onnx)
+
     def half_encoder(self) -> Encoder:
         """The tower in float16 between explicit casts, batch norms folded before anything is rounded, layer norms and the L2 norm in float32."""
         tower = self.encoder().tower

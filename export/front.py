@@ -18,7 +18,7 @@ import onnx
 
 from export.latency_gate import interleaved, processor, ratio
 from export.quality import Quality, judge, rare_rows
-from export.quantize import quantize_blocks
+from export.quantize import BLOCK_4, quantize_blocks
 from export.search import SETTLE, Point, openvino_encoders
 from export.to_onnx import OnnxEncoder, quiet, serialize
 from export.to_openvino import OpenVinoEncoder, import_openvino, nothing_said, save
@@ -27,7 +27,6 @@ from export.verify import Reference
 from runtime.errors import MissingExtraError
 
 SCHEMA = 1
-BLOCK = 64  # of the 4-bit arm: at 128 it loses half as much again, at 32 it is larger than 0.16 of float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ def arms_of(tower: Tower, model: onnx.ModelProto, rows: np.ndarray, half: onnx.M
         if made is not None:
             arms.append(Arm(name=name, runtime="onnx", run=OnnxEncoder(made), bytes=len(made)))
     arms += _nncf(model, rows, folder / "nncf")
-    blocks = serialize(quantize_blocks(model, bits=4, block=BLOCK, tables=True))
+    blocks = serialize(quantize_blocks(model, bits=4, block=BLOCK_4, tables=True))
     if len(blocks) < 0.9 * len(base):
         arms.append(Arm(name="4-bit weights", runtime="onnx", run=OnnxEncoder(blocks), bytes=len(blocks)))
     for place, (name, data) in enumerate(searched.items()):

@@ -25,7 +25,7 @@ from runtime.files import whole_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 EXTRA = "export"
 OPSET = 20  # the first with Gelu; LayerNormalization came with 17
 HALF_MAX = 65504.0
@@ -275,13 +275,17 @@ def require() -> None:
 
 
 def drafts(job: Job, precisions: Sequence[str]) -> Iterator[Draft]:
-    """fp32 and int8 with a dynamic batch and with batch 1, fp16 with a dynamic batch.
+    """fp32 and int8 with a dynamic batch and with batch 1, fp16 and int4 with a dynamic batch.
 
-    fp16 halves the file. It is made for accelerators: ONNX Runtime's CPU has few half-precision kernels and casts between the rest.
+    fp16 halves the file. It is made for accelerators: ONNX Runtime's CPU has few half-precision kernels and casts between the rest. int4 keeps the weights of
+    matrix products and the token table in four bits; it is made for small files.
     """
     for precision in precisions:
         if precision == "fp16":
             yield _draft(job, job.onnx_half, "fp16", "dynamic")
+            continue
+        if precision == "int4":
+            yield _draft(job, job.onnx_int4, "int4", "dynamic")
             continue
         graph = job.onnx if precision == "fp32" else job.onnx_int8
         yield _draft(job, graph, precision, "dynamic")
@@ -297,6 +301,6 @@ def _draft(job: Job, model: onnx.ModelProto, precision: str, batch: Batch) -> Dr
     written = write_onnx(model, job.folder / path)
     run = OnnxEncoder(written, full=not half)
     return Draft(
-        tower=job.tower, target="onnx", precision=precision, path=written.relative_to(job.folder).as_posix(), run=run, batch=batch, variant=variant, timed=not half,
-        how=f"onnxruntime {onnxruntime.__version__}", most_rows=None if batch == "dynamic" else STATIC_ROWS,
+        tower=job.tower, target="onnx", precision=precision, path=written.relative_to(job.folder).as_posix(), run=run, batch=batch, variant=variant,
+        timed=precision in ("fp32", "int8"), how=f"onnxruntime {onnxruntime.__version__}", most_rows=None if batch == "dynamic" else STATIC_ROWS,
     )  # fmt: skip

@@ -72,13 +72,14 @@ THRESHOLDS: dict[str, Thresholds] = {
     "fp16": Thresholds(cosine_min=0.9995, rank_agreement=0.9, recall1_clear=-0.02, norm_error=2e-3),
     "mixed": Thresholds(cosine_min=0.9995, rank_agreement=0.9, recall1_clear=-0.02, norm_error=2e-3),
     "bf16": Thresholds(cosine_min=0.995, rank_agreement=0.9, recall1_clear=-0.02),
+    "int4": Thresholds(centred_p1=0.9, recall1_change=-0.01),
     "lossy": Thresholds(centred_p1=0.98, recall1_change=-0.005),
 }
 
 
 def thresholds_of(precision: str, table: Mapping[str, Thresholds] = THRESHOLDS) -> Thresholds:
-    """A precision's own thresholds, those of "lossy" for all that are not floats."""
-    return table[precision if precision in FLOATS else "lossy"]
+    """A precision's own thresholds, those of "lossy" for all that have none."""
+    return table[precision if precision in table else "lossy"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

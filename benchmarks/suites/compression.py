@@ -13,7 +13,6 @@ import functools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +20,35 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 import tyro
 
 from benchmarks.suites.demo import Layout
 from benchmarks.suites.stages import StageError, Stages
+from distill.evaluate import open_encoder
 from export.front import one_call_dynamic, one_call_static
 from export.int8_recipe import Int8Recipe, make_int8
 from export.latency_gate import interleaved, processor, ratio
+from export.quantize import quantize_four_bit
 from export.search import SETTLE
 from export.to_onnx import OnnxEncoder, export_onnx, serialize
 from export.to_openvino import OpenVinoEncoder, import_openvino, save
 from export.towers import TOWERS, Tower, encoder_of
 from export.verify import centred_cosines
-from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config
+from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import preset
 from mobileclip.reparameterize import reparameterize
-from runtime.evaluation import TEMPLATES
+from runtime.evaluation import TEMPLATES, retrieval
 from runtime.files import write_json
 from runtime.manifest import read_manifest
+from runtime.metrics import paired_recall_test
 from runtime.pairs import Pairs, open_pairs
 from runtime.preprocess import preprocess
 
 THREADS = (1, 2)
 DRAWS = 2000
+PARTS = ("teacher", "four_bit", "shape", "student")
 TEACHER = "lite0-224"
 SHAPE = "mobileclip2_s0"
 CALIBRATION = 64
@@ -59,6 +63,12 @@ class CompressionConfig:
     out: str = "out/bench-compress"
     max_recall_loss: float = 0.5
     """Points of recall@1 that the search may lose."""
+    prune_latency: float = 0.5
+    """Share of its time that the demo's student is pruned to."""
+    samples: int = 800_000
+    """Of its recovery, and of the training of the same form from random weights."""
+    four_bit_steps: int = 150
+    parts: tuple[str, ...] = PARTS
     seed: int = 0
 
 
@@ -97,8 +107,16 @@ def run_compression(config: CompressionConfig) -> dict[str, Any]:
         raise StageError(f"'{config.run}' has no sample teacher; run mclip demo --out {config.run} first")
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(out, _say)
-    small, bundle = out / "teacher", out / "teacher-bundle"
-    started = time.monotonic()
+    figures: dict[str, Any] = {"processor": processor()}
+    for part in config.parts:
+        figures |= RUNS[part](config, place, out, stages)
+    write_json(out / "summary.json", figures)
+    return figures
+
+
+def _teacher(config: CompressionConfig, place: Layout, out: Path, stages: Stages) -> dict[str, Any]:
+    """Search and export by command, then the comparison of what was exported."""
+    teacher, small, bundle = place.teacher(TEACHER), out / "teacher", out / "teacher-bundle"
     stages.run(
         "search",
         [["mobileclip.cli", "compress", str(teacher), str(small), "--max-recall-loss", str(config.max_recall_loss), "--calibrate", str(place.validation),
@@ -110,15 +128,10 @@ def run_compression(config: CompressionConfig) -> dict[str, Any]:
         [["mobileclip.cli", "export", str(small), str(bundle), "--target", "onnx,openvino", "--precision", "fp32,fp16,int8", "--calibrate", str(place.validation), "--force"]],
         inputs=[small / "receipt.json"], outputs=[bundle / "manifest.json"],
     )
-    seconds = stages.seconds()
-    figures: dict[str, Any] = {"search_minutes": round(seconds.get("search", time.monotonic() - started) / 60, 2), "processor": processor()}
-    figures |= _teacher(place, teacher, bundle, out)
-    figures |= _shape(out)
-    write_json(out / "summary.json", figures)
-    return figures
+    return {"search_minutes": round(stages.seconds()["search"] / 60, 2)} | _compared(place, teacher, bundle, out)
 
 
-def _teacher(place: Layout, teacher: Path, bundle: Path, out: Path) -> dict[str, Any]:
+def _compared(place: Layout, teacher: Path, bundle: Path, out: Path) -> dict[str, Any]:
     """The arms on the sample's teacher: sizes, times, and the loss over all queries."""
     model = load_checkpoint(teacher, verify=False)
     world = read_world([open_pairs(folder) for folder in (place.validation, place.test)], model, teacher)
@@ -265,7 +278,71 @@ def _nncf(model: onnx.ModelProto, rows: np.ndarray, folder: Path) -> Path:
     return Path(save(made, folder))
 
 
-def _shape(out: Path) -> dict[str, Any]:
+def _four_bit(config: CompressionConfig, place: Layout, out: Path, stages: Stages) -> dict[str, Any]:
+    """The teacher's text weights in four bits: rounded alone, and trained onto the grid on the store's captions; asked as the other arms are."""
+    teacher = place.teacher(TEACHER)
+    folders = {"rounded": (out / "four-bit-rounded", 0), "trained": (out / "four-bit", config.four_bit_steps)}
+    for name, (folder, steps) in folders.items():
+        stages.run(
+            f"four-bit-{name}",
+            [["mobileclip.cli", "compress", str(teacher), str(folder), "--calibrate", str(place.validation), "--store", str(place.store), "--four-bit-steps", str(steps),
+              "--seed", str(config.seed)]],
+            inputs=[teacher / "receipt.json"], outputs=[folder / "receipt.json"],
+        )  # fmt: skip
+    model = load_checkpoint(teacher, verify=False)
+    world = read_world([open_pairs(folder) for folder in (place.validation, place.test)], model, teacher)
+    image = OnnxEncoder(serialize(export_onnx(encoder_of(reparameterize(model)[0], "image"), world.pixels[:2])), threads=2)(world.pixels)
+    base = serialize(export_onnx(encoder_of(model, "text"), world.tokens[:2]))
+    exact = OnnxEncoder(base, threads=2)(world.tokens)
+    before = hits(world, image, exact)
+    figures: dict[str, Any] = {}
+    for name, (folder, _) in folders.items():
+        data = serialize(quantize_four_bit(export_onnx(encoder_of(load_checkpoint(folder), "text"), world.tokens[:2])))
+        found = OnnxEncoder(data, threads=2)(world.tokens)
+        lost = before - hits(world, image, found)
+        low, high = clustered_interval(lost, query_concepts(world))
+        figures |= {
+            f"four_bit_{name}_loss_points": round(100 * float(lost.mean()), 3), f"four_bit_{name}_loss_low": round(100 * low, 3),
+            f"four_bit_{name}_loss_high": round(100 * high, 3), f"four_bit_{name}_centred_p1": round(float(np.percentile(centred_cosines(found, exact), 1)), 4),
+            "four_bit_bytes_ratio": round(len(data) / len(base), 4),
+        }  # fmt: skip
+    return figures
+
+
+def _student(config: CompressionConfig, place: Layout, out: Path, stages: Stages) -> dict[str, Any]:
+    """The demo's student at half of its time, recovered from its store, beside the same form trained from random weights on as many samples."""
+    narrow, scratch = out / "student", out / "scratch"
+    common = ["--store", str(place.store), "--seed", str(config.seed)]
+    stages.run(
+        "prune",
+        [["mobileclip.cli", "compress", str(place.student), str(narrow), "--calibrate", str(place.train), "--prune-latency", str(config.prune_latency),
+          "--recover-samples", str(config.samples), *common]],
+        inputs=[place.student / "receipt.json"], outputs=[narrow / "receipt.json"],
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    save_checkpoint(ImageTextModel(load_checkpoint(narrow).config), out / "random", tokenizer=narrow / "tokenizer.json")
+    stages.run(
+        "scratch",
+        [["mobileclip.cli", "train", "--pairs", str(place.train), "--init", str(out / "random"), "--samples", str(config.samples), "--recipe", "reinforced", "--out",
+          str(scratch), *common]],
+        inputs=[narrow / "receipt.json"], outputs=[scratch / "receipt.json"],
+    )  # fmt: skip
+    pairs = open_pairs(place.test)
+    found = {name: retrieval(open_encoder(str(folder)), pairs) for name, folder in (("source", place.student), ("pruned", narrow), ("scratch", scratch))}
+    ranks = {name: np.array(result["ranks"]["text_to_image"]["all"]) for name, result in found.items()}
+    against = paired_recall_test(ranks["pruned"], ranks["scratch"], 5)
+    recalls = {name: {split: result["text_to_image"][split]["recall@5"]["value"] for split in ("all", "trained", "held_out")} for name, result in found.items()}
+    report = json.loads((narrow / "receipt.json").read_text(encoding="utf-8"))["compress"]["prune"]
+    return {
+        "pruned_recall5_kept": round(recalls["pruned"]["all"] / recalls["source"]["all"], 4),
+        "pruned_recall5_kept_trained": round(recalls["pruned"]["trained"] / recalls["source"]["trained"], 4),
+        "pruned_recall5": recalls, "pruned_time_share": round(report["time_share"], 4), "pruned_image": report["image"], "pruned_text": report["text"],
+        "pruned_parameters": [report["parameters_before"], report["parameters_after"]], "pruned_samples": config.samples,
+        "pruned_over_scratch": [round(against.difference, 4), *(round(value, 4) for value in against.interval)],
+    }  # fmt: skip
+
+
+def _shape(config: CompressionConfig, place: Layout, out: Path, stages: Stages) -> dict[str, Any]:
     """Times of towers shaped like MobileCLIP2-S0 at random weights, every layer in int8; what they compute is not looked at."""
     model = reparameterize(ImageTextModel(preset(SHAPE)).eval())[0]
     rng = np.random.default_rng(0)
@@ -298,8 +375,32 @@ def _file(data: bytes) -> Any:
     return io.BytesIO(data)
 
 
+RUNS: dict[str, Callable[[CompressionConfig, Layout, Path, Stages], dict[str, Any]]] = {"teacher": _teacher, "four_bit": _four_bit, "shape": _shape, "student": _student}
+
+
 def as_text(figures: dict[str, Any]) -> str:
     """The tables for a terminal."""
+    lines = [*_teacher_lines(figures)] if "arms" in figures else []
+    if "four_bit_bytes_ratio" in figures:
+        cells = [
+            f"{name} {-figures[f'four_bit_{name}_loss_points']:+.2f} [{-figures[f'four_bit_{name}_loss_high']:+.2f}, {-figures[f'four_bit_{name}_loss_low']:+.2f}] "
+            f"(centred p1 {figures[f'four_bit_{name}_centred_p1']:.4f})" for name in ("rounded", "trained")
+        ]  # fmt: skip
+        lines.append(f"\ntext weights in four bits, {figures['four_bit_bytes_ratio']:.3f} of the bytes; points of recall@1: {', '.join(cells)}")
+    if "shape" in figures:
+        lines += _shape_lines(figures)
+    if "pruned_recall5" in figures:
+        before, after = figures["pruned_parameters"]
+        lines.append(f"\nthe demo's student at {figures['pruned_time_share']:.2f} of its time (image: {figures['pruned_image']}; text: {figures['pruned_text']}), "
+                     f"{before:,} to {after:,} parameters, {figures['pruned_samples']:,} samples")  # fmt: skip
+        for name, recalls in figures["pruned_recall5"].items():
+            lines.append(f"  {name:8} recall@5, unseen style: all {recalls['all']:.4f}, trained concepts {recalls['trained']:.4f}, held-out {recalls['held_out']:.4f}")
+        low, high = figures["pruned_over_scratch"][1:]
+        lines.append(f"  kept {figures['pruned_recall5_kept']:.1%}; pruned over scratch {figures['pruned_over_scratch'][0]:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return "\n".join(lines)
+
+
+def _teacher_lines(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{figures['queries']:,} queries, recall@1 of float32 {figures['recall1_float32']:.3f}; the search took {figures['search_minutes']} minutes",
         f"{'':38} {'image 1t':>9} {'2t':>5} {'text 1t':>8} {'2t':>5} {'bytes':>6} {'recall@1, points':>24} {'top 10':>7} {'p1 image':>9} {'text':>7}",
@@ -311,12 +412,16 @@ def as_text(figures: dict[str, Any]) -> str:
             f"{row['text_latency_2']['median']:>5.2f} {row['bytes_ratio']:>6.2f} {change:>24} {row['overlap10']:>7.3f} {row['image_centred_p1']:>9.4f} "
             f"{row['text_centred_p1']:>7.4f}"
         )
-    lines.append(f"\n{figures['shape']}-shaped towers, time beside float32 under ONNX Runtime:")
+    return lines
+
+
+def _shape_lines(figures: dict[str, Any]) -> list[str]:
+    lines = [f"\n{figures['shape']}-shaped towers, time beside float32 under ONNX Runtime:"]
     for tower in TOWERS:
         for threads in THREADS:
             found = ", ".join(f"{name} {value:.2f}" for name, value in figures[f"shape_{tower}_latency_{threads}"].items())
             lines.append(f"  {tower}, {threads} thread{'s' if threads > 1 else ''}: {found}; bytes {figures[f'shape_{tower}_bytes_ratio']:.2f}")
-    return "\n".join(lines)
+    return lines
 
 
 def _say(line: str) -> None:
