@@ -28,6 +28,7 @@ from distill.store import open_store
 from export import narrow
 from export.artefacts import allowed_pairs
 from export.four_bit import finetune_four_bit
+from export.precision_file import read_precisions
 from export.prune import Report, prune_ffn
 from export.search_towers import search_towers
 from export.towers import TOWERS, choose_rows, embed, image_encoder, read_samples
@@ -109,6 +110,8 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
     if done is not None and not (config.front and not (config.out / FRONT).is_file()):
         say(f"{config.out} is complete")
         return done
+    if _searches(config) and read_precisions(config.checkpoint).int8:
+        raise RecipeError(f"'{config.checkpoint}' is compressed already: its precision.json says how int8 is made; give the checkpoint that it was made from, or remove that file")
     _refuse_foreign(config.out, source)
     model = load_checkpoint(config.checkpoint, verify=False)
     report: dict[str, Any] = {"fingerprint": fingerprint, "source_sha256": source, "before": _facts(config, config.checkpoint, model)}

@@ -37,9 +37,7 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def equalize(
-    model: onnx.ModelProto, rows: np.ndarray, *, alpha: float
-) -> tuple[onnx.ModelProto, Report]:
+def equalize(model: onnx.ModelProto, rows: np.ndarray, *, alpha: float) -> tuple[onnx.ModelProto, Report]:
     """Equalise the inputs of all products with constant weights (MatMul, Gemm).
 
     Args:
@@ -81,6 +79,9 @@ def equalize(
             for index in range(1, len(norm.input)):
                 graph.replace_constant(norm, index, graph.constant(norm.input[index]) / factor)
             folded += [node.name for node in nodes]
+        elif norm is not None and norm.op_type == "Mul" and len(graph.readers(name)) == len(nodes) and (constant := graph.constant(norm.input[1])) is not None:
+            graph.replace_constant(norm, 1, (constant / factor).astype(np.float32))  # (T, 1) of export.positions becomes (T, C)
+            multiplied += [node.name for node in nodes]
         else:
             _divide(graph, name, nodes, factor)
             multiplied += [node.name for node in nodes]

@@ -187,4 +187,4 @@ def _dominates(other: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
 
 def names_of(points: Sequence[Point]) -> dict[str, Point]:
     """Points of a search under ONNX Runtime by the name that the front shows them under."""
-    return {f"searched, {len(point.recipe.float_layers)} layers float": point for point in points if point.runtime == "onnx"}
+    return {f"searched, {len(point.recipe.float_layers)} layers float{', positions' if point.recipe.positions else ''}": point for point in points if point.runtime == "onnx"}

@@ -12,6 +12,7 @@ import onnx
 from export.bias_correction import correct_biases
 from export.equalize import equalize
 from export.fused_attention import fuse_attention
+from export.positions import scale_positions
 from export.qdq import insert_qdq, layers, tensors
 from export.quantize import quantize_blocks, quantize_dynamic
 from export.ranges import RANGE_METHODS, tensor_ranges
@@ -20,6 +21,7 @@ from runtime.errors import ParityError, RecipeError
 
 FORMS = ("static", "dynamic")
 CORRECTION_ROWS = 32
+QUANTISED = ("QuantizeLinear", "DequantizeLinear", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulNBits")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,8 @@ class Int8Recipe:
     """Static: how ranges are chosen, one of `RANGE_METHODS`."""
     alpha: float | None = None
     """Equalisation of what enters matrix products; None: none."""
+    positions: bool = False
+    """Dynamic: rows of tokens that are always large are scaled on their own (`scale_positions`)."""
     corrected: bool = False
     """Static: biases make up for the mean error of each channel."""
 
@@ -57,6 +61,13 @@ class Int8Recipe:
             raise RecipeError(f"an int8 recipe cannot be read ({error})") from None
 
 
+def refuse_quantised(model: onnx.ModelProto) -> None:
+    """Raises ParityError for a graph that has 8-bit or 4-bit operations already."""
+    found = next((node for node in model.graph.node if node.op_type in QUANTISED), None)
+    if found is not None:
+        raise ParityError(f"the graph is quantised already ({found.op_type} '{found.name}'); quantise the float32 one that it was made from")
+
+
 def make_int8(model: onnx.ModelProto, rows: np.ndarray, recipe: Int8Recipe, *, symmetric: bool = False) -> onnx.ModelProto:
     """The int8 graph of a float32 one.
 
@@ -68,10 +79,13 @@ def make_int8(model: onnx.ModelProto, rows: np.ndarray, recipe: Int8Recipe, *, s
     Raises:
         ParityError: the recipe names layers that the graph does not have, or leaves nothing to quantise.
     """
+    refuse_quantised(model)
     known = layers(model)
     missing = [name for name in recipe.float_layers if name not in known]
     if missing:
         raise ParityError(f"precision.json leaves the layer {missing[0]} float, but this graph has none of that name; run mclip compress again with these versions")
+    if recipe.positions:
+        model, _ = scale_positions(model, rows)
     if recipe.alpha is not None:
         model, _ = equalize(model, rows, alpha=recipe.alpha)  # those that compute in floats too: their weights are stored in int8
     if recipe.form == "dynamic" and not symmetric:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.int8_recipe import Int8Recipe, make_int8
+from export.int8_recipe import Int8Recipe, make_int8, refuse_quantised
 from export.latency_gate import Ratio, interleaved, ratio
+from export.positions import scale_positions
 from export.qdq import insert_qdq, layers, tensors
 from export.quality import Limits, Quality, judge, rare_rows, sudden_drop
 from export.quantize import quantize_dynamic
@@ -91,6 +92,7 @@ class Search:
         self._rare = rare_rows(self.judge.captions)
         self._graphs: dict[Int8Recipe, bytes] = {}
         self._convolutions = any(node.op_type == "Conv" for node in self.model.graph.node)
+        refuse_quantised(self.model)
         if not self._layers:
             raise ParityError(f"the {self.tower} tower has no convolution and no matrix product with constant weights; there is nothing to quantise")
 
@@ -105,22 +107,29 @@ class Search:
         order = self._order(recipe)
         if self._convolutions:
             recipe = dataclasses.replace(recipe, ranges=self._best_ranges(recipe, order), corrected=True)
+        variants = [recipe]
+        if not self._convolutions and scale_positions(self.model, self.rows)[1]:
+            variants.append(dataclasses.replace(recipe, positions=True))
         rungs: list[tuple[Int8Recipe, Quality]] = []
         good = 0
-        for count in [rung for rung in RUNGS if rung < len(order)]:
-            rung = dataclasses.replace(recipe, float_layers=tuple(sorted(name for _, name in order[:count])))
+        # All variants with nothing float; with layers float the last one, which loses least.
+        for count, variant in [(0, one) for one in variants] + [(rung, variants[-1]) for rung in RUNGS if 0 < rung < len(order)]:
+            rung = dataclasses.replace(variant, float_layers=tuple(sorted(name for _, name in order[:count])))
             quality = Quality(**self._once("quality", rung.as_dict(), lambda rung=rung: dataclasses.asdict(self._judge(self.graph(rung)))))
             rungs.append((rung, quality))
             problem = quality.misses(self.limits)
-            self.say(f"{self.tower}: {count} of {len(order)} layers float: centred p1 {quality.centred_p1:.4f}, top-10 overlap {quality.overlap10:.4f}, recall@1 "
-                     f"{-100 * quality.recall1_loss:+.2f} points{'' if problem is None else f' ({problem})'}")  # fmt: skip
+            self.say(
+                f"{self.tower}: {_layers(rung)} of {len(order)} layers float: centred p1 {quality.centred_p1:.4f}, top-10 overlap {quality.overlap10:.4f}, "
+                f"recall@1 {-100 * quality.recall1_loss:+.2f} points{'' if problem is None else f' ({problem})'}"
+            )
             good += problem is None
             if good > MORE_RUNGS:
                 break
-        losses = [1 - quality.centred_mean for _, quality in reversed(rungs)]
+        ladder = [(found, quality) for found, quality in reversed(rungs) if found.positions == variants[-1].positions]
+        losses = [1 - quality.centred_mean for _, quality in ladder]
         place = sudden_drop(losses)
         if place is not None:
-            kept = len(rungs[len(rungs) - place][0].float_layers)
+            kept = len(ladder[place - 1][0].float_layers)
             self.say(f"{self.tower}: a sudden drop below {kept} layers float: 1 - centred cosine goes from {losses[place - 1]:.4f} to {losses[place]:.4f}")
         return self._timed(rungs)
 
@@ -259,10 +268,14 @@ def table(points: Sequence[Point]) -> str:
     for point in points:
         verdict = "chosen" if id(point) in chosen else point.problem or "good, slower"
         lines.append(
-            f"{point.tower:6} {point.runtime:13} {len(point.recipe.float_layers):>12} {point.ratio.median:>6.2f} {point.bytes_ratio:>6.2f} {point.quality.centred_p1:>10.4f} "
+            f"{point.tower:6} {point.runtime:13} {_layers(point.recipe):>12} {point.ratio.median:>6.2f} {point.bytes_ratio:>6.2f} {point.quality.centred_p1:>10.4f} "
             f"{point.quality.overlap10:>7.3f} {-100 * point.quality.recall1_loss:>+9.2f}  {verdict}"
         )
     return "\n".join(lines)
+
+
+def _layers(recipe: Int8Recipe) -> str:
+    return f"{len(recipe.float_layers)}{' +pos' if recipe.positions else ''}"
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

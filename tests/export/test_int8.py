@@ -20,6 +20,7 @@ from export.equalize import equalize
 from export.fused_attention import fuse_attention
 from export.graph import Graph
 from export.int8_recipe import Int8Recipe, make_int8
+from export.positions import scale_positions
 from export.precision_file import Precisions, read_precisions
 from export.qdq import insert_qdq, layers, tensors
 from export.quantize import quantize_static
@@ -315,6 +316,54 @@ def test_correction_of_nothing(convolutions, pixels):
     assert serialize(correct_biases(convolutions, ranges_of(convolutions, pixels), [], pixels)) == serialize(convolutions)
 
 
+# -------------------------------------------------------------------------------------------------- positions
+
+
+class Parked(nn.Module):
+    """Token tower whose first token is thirty times as large as the others, as attention sinks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc1, self.fc2 = nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 16)
+        self.sink = nn.Parameter(torch.ones(6, 1))
+        with torch.no_grad():
+            self.sink[0] = 30.0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc2(torch.relu(self.fc1(self.table(tokens) * self.sink)))[:, 1:].mean(1)
+
+
+@pytest.fixture(scope="module")
+def parked() -> tuple[onnx.ModelProto, np.ndarray]:
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(0, 50, size=(24, 6)).astype(np.int32)
+    return export_onnx(Encoder(Parked().eval(), "text"), tokens), tokens
+
+
+def test_scaled_positions_change_nothing_and_give_int8_its_steps_back(parked):
+    model, tokens = parked
+    scaled, count = scale_positions(model, tokens)
+    assert count == 2
+    np.testing.assert_allclose(embed(scaled, tokens), embed(model, tokens), atol=1e-6)
+    plain, better = (make_int8(model, tokens, Int8Recipe(form="dynamic", positions=positions)) for positions in (False, True))
+    assert far(better, model, tokens) < 0.2 * far(plain, model, tokens)
+
+
+def test_positions_and_channels_share_their_multiplication(parked):
+    model, tokens = parked
+    scaled, _ = scale_positions(model, tokens)
+    both, _ = equalize(scaled, tokens, alpha=0.5)
+    np.testing.assert_allclose(embed(both, tokens), embed(model, tokens), atol=1e-5)
+    assert counts(both)["Mul"] == counts(scaled)["Mul"]
+
+
+def test_positions_of_like_size_are_left_alone(products, rows, convolutions, pixels):
+    for model, inputs in ((products, rows), (convolutions, pixels)):
+        scaled, count = scale_positions(model, inputs)
+        assert count == 0
+        assert serialize(scaled) == serialize(model)
+
+
 # ----------------------------------------------------------------------------------------------- attention as one node
 
 
@@ -365,6 +414,13 @@ def test_a_recipe_says_which_layers_it_cannot_find(convolutions, pixels):
         make_int8(convolutions, pixels, Int8Recipe(form="static", float_layers=("gone",)))
     with pytest.raises(ParityError, match="leaves every layer float"):
         make_int8(convolutions, pixels, Int8Recipe(form="static", float_layers=tuple(layers(convolutions))))
+
+
+def test_a_graph_that_is_quantised_already(convolutions, products, pixels, rows):
+    for model, inputs, form in ((convolutions, pixels, "static"), (products, rows, "dynamic")):
+        made = make_int8(model, inputs, Int8Recipe(form=form))
+        with pytest.raises(ParityError, match="the graph is quantised already"):
+            make_int8(made, inputs, Int8Recipe(form=form))
 
 
 @pytest.mark.parametrize("wrong", [{"form": "guess"}, {"form": "static", "ranges": "eyes"}, {"form": "static", "alpha": 1.5}, {"form": "static", "alpha": -0.1}])

@@ -277,6 +277,8 @@ def test_what_was_found_is_exported(settings, short_ladder, monkeypatch, tmp_pat
     made = {artefact.tower: artefact for artefact in read_manifest(bundle).artefacts if artefact.precision == "int8"}
     assert set(made) == {"image", "text"}
     assert not any("the search" in str(artefact.reason) for artefact in made.values())
+    with pytest.raises(RecipeError, match="is compressed already"):
+        compress(dataclasses.replace(settings, checkpoint=settings.out, out=tmp_path / "twice"))
     lines.clear()
     assert compress(settings, lines.append)["int8"] == json.loads(json.dumps(report["int8"]))
     assert lines == [f"{settings.out} is complete"]
