@@ -41,7 +41,7 @@ def test_without_a_store_it_prunes_and_reports(settings, pocket):
     receipt = verify_receipt(settings.out)  # precision.json is covered by it
     assert "precision.json" in receipt["files"]
     assert receipt["compress"]["source_sha256"] == report["source_sha256"]
-    assert read_precisions(settings.out).allowed["text"]["onnx"] == ["fp32", "fp16", "int8"]
+    assert read_precisions(settings.out).allowed["text"]["onnx"] == ["fp32", "fp16", "int8", "int4"]
 
 
 def test_recovery_trains_from_the_store_and_a_rerun_does_nothing(settings, store, monkeypatch):
