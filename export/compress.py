@@ -255,7 +255,7 @@ def _finish(config: CompressConfig, report: dict[str, Any], found: dict[str, Any
         for tower, refused in found["refused"].items():
             for target in refused:
                 towers[tower][target] = [name for name in towers[tower][target] if name != "int8"]
-        decided |= {"int8": found["int8"], "refused": found["refused"]}
+        decided |= {name: found[name] for name in ("int8", "chosen", "refused")}
     write_json(path, decided)
     written = [path]
     if found is not None and found["front"] is not None:

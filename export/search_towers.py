@@ -33,8 +33,11 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
 
     Returns:
         `front`: with `--front` what `measure_front` returns.
-        `int8`: tower to the recipe that the exporter follows. `refused`: tower to target to the reason why it gets no int8. `report`: every point that was
-        measured. `calibration`: which pairs decided.
+        `chosen`: tower to the runtime that the chosen form is fastest on, and how fast.
+        `int8`: tower to the recipe that the exporter follows.
+        `refused`: tower to target to the reason why it gets no int8.
+        `report`: every point that was measured.
+        `calibration`: which pairs decided.
 
     Raises:
         RecipeError: too few pairs, a checkpoint that finds no more than chance would, or a latency that no form of a tower reaches.
@@ -72,7 +75,7 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
             arms[tower] = arms_of(tower, graph, rows.inputs(tower), half, graphs, Path(front_files.name) / tower)
     for line in table(points).splitlines():
         say(line)
-    found: dict[str, Any] = {"int8": {}, "refused": {}, "report": [point.as_dict() for point in points], "front": None}
+    found: dict[str, Any] = {"int8": {}, "chosen": {}, "refused": {}, "report": [point.as_dict() for point in points], "front": None}
     if front_files is not None:
         found["front"] = measure_front(arms, judge, reference, say=say)
         front_files.cleanup()
@@ -85,6 +88,7 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
             found["refused"][tower] = dict.fromkeys(SEARCHED, f"the search found no int8 form worth having; {_nearest(own, limits)}")
         else:
             found["int8"][tower] = chosen.recipe.as_dict()
+            found["chosen"][tower] = {"runtime": chosen.runtime, "time_beside_float32": chosen.ratio.as_dict(), "bytes_ratio": chosen.bytes_ratio}
     keys = "\n".join((*rows.keys, *probe.keys, *judge.keys))
     found["calibration"] = {"n": len(rows) + len(probe), "judged_on": len(judge), "seed": config.seed, "keys_sha256": hashlib.sha256(keys.encode()).hexdigest()}
     return found

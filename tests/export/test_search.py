@@ -185,7 +185,7 @@ def test_the_fastest_point_that_keeps_all_limits_is_chosen():
 # -------------------------------------------------------------------------------------------------- searching
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("tower", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_a_search_ends_with_measured_points_and_goes_on_where_it_stopped(tower, taught_checkpoint, many_pairs, tmp_path, short_ladder, monkeypatch):
     notes = tmp_path / "notes.json"
     search = search_of(tower, taught_checkpoint, many_pairs, notes, centred_p1=0.999999)  # which no form keeps: the whole ladder is climbed
@@ -218,6 +218,7 @@ def test_a_search_ends_with_measured_points_and_goes_on_where_it_stopped(tower, 
     assert [found.quality for found in rerun if found.runtime == "onnx"] == [found.quality for found in points if found.runtime == "onnx"]
 
 
+@pytest.mark.slow
 def test_notes_of_other_inputs_are_not_used(taught_checkpoint, many_pairs, tmp_path, short_ladder):
     notes = tmp_path / "notes.json"
     search_of("text", taught_checkpoint, many_pairs, notes).run()
