@@ -130,6 +130,14 @@ def recovery() -> Recipe:
     return dataclasses.replace(reinforced(), learning_rate=1e-3, text_samples=0)
 
 
+def narrowed() -> Recipe:
+    """mclip compress CKPT OUT --prune-latency 0.5 uses this: as much is gone that the rest has to learn again, at the rate of a student from random weights.
+
+    On the demo's student, halved, 250,000 samples at this rate gave a recall@5 of 0.203 on the validation style, and 0.187 at a quarter of it.
+    """
+    return dataclasses.replace(recovery(), learning_rate=2e-3)
+
+
 def datacompdr_s() -> Recipe:
     """torchrun … -m mobileclip.cli train --pairs P --store S --out CKPT --recipe datacompdr_s --model mobileclip_s2 --samples 245760000 --precision bf16
 
@@ -157,7 +165,7 @@ def finetune() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "plain": plain, "reinforced": reinforced, "recovery": recovery, "datacompdr_s": datacompdr_s, "datacompdr_b": datacompdr_b, "finetune": finetune
+    "plain": plain, "reinforced": reinforced, "recovery": recovery, "narrowed": narrowed, "datacompdr_s": datacompdr_s, "datacompdr_b": datacompdr_b, "finetune": finetune
 }  # fmt: skip
 
 

@@ -76,8 +76,8 @@ class CompressConfig:
     """Pairs that are read for the decision."""
     recover_samples: int = 20_000
     """Pairs seen in recovery."""
-    recipe: str = "recovery"
-    """Recipe of the recovery."""
+    recipe: str | None = None
+    """Recipe of the recovery. Left out: recovery, narrowed where whole towers are cut."""
     seed: int = 0
     threads: int = 1
     """Torch threads of the recovery."""
@@ -132,14 +132,14 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
         from distill.recipes import load_recipe
         from distill.train import TrainConfig, train
 
-        wanted, there = load_recipe(config.recipe).batch_size, len(open_pairs(config.calibrate))
+        wanted, there = load_recipe(_recipe(config)).batch_size, len(open_pairs(config.calibrate))
         if there < wanted:
             say(f"the recipe's batches of {wanted} are more than the {there} pairs; recovering in batches of {max(2, there)}")
         say(f"recovering from the store: {config.recover_samples:,} samples")
         train(
             TrainConfig(
                 pairs=str(config.calibrate), store=str(config.store), out=str(config.out), init=str(config.out / "pruned"),
-                samples=config.recover_samples, recipe=config.recipe, seed=config.seed, threads=config.threads,
+                samples=config.recover_samples, recipe=_recipe(config), seed=config.seed, threads=config.threads,
                 batch_size=max(2, there) if there < wanted else None,
             )
         )  # fmt: skip
@@ -156,6 +156,10 @@ def compress(config: CompressConfig, say: Callable[[str], None] = lambda line: N
 
 def _searches(config: CompressConfig) -> bool:
     return config.latency is not None or config.max_recall_loss is not None or config.front
+
+
+def _recipe(config: CompressConfig) -> str:
+    return config.recipe or ("recovery" if config.prune_latency is None else "narrowed")
 
 
 def _prunes(config: CompressConfig) -> bool:
