@@ -32,7 +32,7 @@ from export.latency_gate import interleaved, processor, ratio
 from export.quantize import quantize_four_bit
 from export.search import SETTLE
 from export.to_onnx import OnnxEncoder, export_onnx, serialize
-from export.to_openvino import OpenVinoEncoder, import_openvino, save
+from export.to_openvino import OpenVinoEncoder, import_openvino, nothing_said, save
 from export.towers import TOWERS, Tower, encoder_of
 from export.verify import centred_cosines
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
@@ -274,7 +274,8 @@ def _nncf(model: onnx.ModelProto, rows: np.ndarray, folder: Path) -> Path:
     import io
 
     ov, nncf = import_openvino("the comparison"), import_openvino("the comparison", quantiser=True)
-    made = nncf.quantize(ov.convert_model(io.BytesIO(serialize(model))), nncf.Dataset([row[None] for row in rows]), subset_size=len(rows))
+    with nothing_said():
+        made = nncf.quantize(ov.convert_model(io.BytesIO(serialize(model))), nncf.Dataset([row[None] for row in rows]), subset_size=len(rows))
     return Path(save(made, folder))
 
 
