@@ -159,7 +159,7 @@ def test_tensorrt_facts_claim_no_run(pocket_bundle):
     ("target", "precision", "message"),
     [
         ("onnx,tflite", "fp32", "unknown target 'tflite'; expected some of onnx, onnx-pixels, .*, coreml, .*, or all"),
-        ("onnx", "fp32,int4", "unknown precision 'int4'"),
+        ("onnx", "fp32,int3", "unknown precision 'int3'"),
         ("tensorrt", "palette6", "target tensorrt is made in fp32, fp16, int8, but the precisions are palette6"),
         ("", "fp32", "unknown target"),
     ],
