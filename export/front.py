@@ -19,7 +19,7 @@ import onnx
 from export.latency_gate import interleaved, processor, ratio
 from export.quality import Quality, judge, rare_rows
 from export.quantize import BLOCK_4, quantize_blocks
-from export.search import SETTLE, Point, openvino_encoders
+from export.search import SETTLE, Point, grouped_encoder, openvino_encoders
 from export.to_onnx import OnnxEncoder, quiet, serialize
 from export.to_openvino import OpenVinoEncoder, import_openvino, nothing_said, save
 from export.towers import TOWERS, Samples, Tower
@@ -58,6 +58,9 @@ def arms_of(tower: Tower, model: onnx.ModelProto, rows: np.ndarray, half: onnx.M
         if made is not None:
             arms.append(Arm(name=name, runtime="onnx", run=OnnxEncoder(made), bytes=len(made)))
     arms += _nncf(model, rows, folder / "nncf")
+    grouped = None if any(node.op_type == "Conv" for node in model.graph.node) else grouped_encoder(base, folder / "grouped")
+    if grouped is not None:
+        arms.append(Arm(name="int8 weights, activations by groups", runtime="openvino", run=grouped[0], bytes=grouped[1]))
     blocks = serialize(quantize_blocks(model, bits=4, block=BLOCK_4, tables=True))
     if len(blocks) < 0.9 * len(base):
         arms.append(Arm(name="4-bit weights", runtime="onnx", run=OnnxEncoder(blocks), bytes=len(blocks)))

@@ -19,7 +19,7 @@ from export.ranges import RANGE_METHODS, tensor_ranges
 from export.to_onnx import strip
 from runtime.errors import ParityError, RecipeError
 
-FORMS = ("static", "dynamic")
+FORMS = ("static", "dynamic", "grouped")
 CORRECTION_ROWS = 32
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulNBits")
 
@@ -30,7 +30,7 @@ class Int8Recipe:
 
     form: str
     """"static": ranges measured beforehand, Q/DQ pairs; for towers of convolutions. "dynamic": ranges taken at run time, matrix products alone, attention as one
-    node; ONNX Runtime only."""
+    node; ONNX Runtime only. "grouped": int8 weights, ranges taken at run time for groups of each token's values; OpenVINO only, nothing to choose."""
     float_layers: tuple[str, ...] = ()
     """Layers of the ONNX graph that compute in floats. The weights of products among them are kept in int8 all the same."""
     ranges: str = "mse"
@@ -45,8 +45,8 @@ class Int8Recipe:
     def __post_init__(self) -> None:
         if self.form not in FORMS or self.ranges not in RANGE_METHODS or not (self.alpha is None or 0 <= self.alpha <= 1):
             raise RecipeError(
-                f"an int8 recipe has form '{self.form}', ranges '{self.ranges}' and alpha {self.alpha}; expected {' or '.join(FORMS)}, one of {', '.join(RANGE_METHODS)}, "
-                "and none or a number from 0 to 1"
+                f"an int8 recipe has form '{self.form}', ranges '{self.ranges}' and alpha {self.alpha}; expected one of {', '.join(FORMS)}, "
+                f"one of {', '.join(RANGE_METHODS)}, and none or a number from 0 to 1"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,9 +77,11 @@ def make_int8(model: onnx.ModelProto, rows: np.ndarray, recipe: Int8Recipe, *, s
         symmetric: static only: the form that NVIDIA's parser takes (`insert_qdq`).
 
     Raises:
-        ParityError: the recipe names layers that the graph does not have, or leaves nothing to quantise.
+        ParityError: the recipe names layers that the graph does not have, or leaves nothing to quantise, or is of a form that ONNX cannot say.
     """
     refuse_quantised(model)
+    if recipe.form == "grouped":
+        raise ParityError("an int8 recipe of the form 'grouped' is OpenVINO's own; an ONNX graph is made from a static or a dynamic one")
     known = layers(model)
     missing = [name for name in recipe.float_layers if name not in known]
     if missing:

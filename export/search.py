@@ -29,7 +29,7 @@ from export.quality import Limits, Quality, judge, rare_rows, sudden_drop
 from export.quantize import quantize_dynamic
 from export.ranges import RANGE_METHODS, tensor_ranges
 from export.to_onnx import OnnxEncoder, serialize
-from export.to_openvino import OpenVinoEncoder, import_openvino, save
+from export.to_openvino import GROUP, OpenVinoEncoder, compress_weights, import_openvino, save
 from export.towers import Samples, Tower
 from export.verify import Reference, centred_cosines
 from runtime.errors import MissingExtraError, ParityError
@@ -133,6 +133,10 @@ class Search:
             self.say(f"{self.tower}: a sudden drop below {kept} layers float: 1 - centred cosine goes from {losses[place - 1]:.4f} to {losses[place]:.4f}")
         return self._timed(rungs)
 
+    def _grouped(self, folder: Path) -> tuple[Any, int] | None:
+        """A tower of matrix products under OpenVINO, with its bytes; None for one of convolutions, or where OpenVINO is not installed."""
+        return None if self._convolutions else grouped_encoder(serialize(self.model), folder)
+
     def _once(self, kind: str, settings: dict[str, Any], measure_it: Callable[[], Any]) -> Any:
         key = hashlib.sha256(json.dumps([self._world, kind, settings], sort_keys=True).encode()).hexdigest()[:24]
         if key not in self._known:
@@ -235,13 +239,23 @@ class Search:
                 encoders[place, "onnx"] = OnnxEncoder(data)
                 if self._convolutions:
                     encoders |= {(place, name): encoder for name, encoder in openvino_encoders(data, Path(folder) / str(place)).items()}
+            grouped = self._grouped(Path(folder) / "grouped")
+            if grouped is not None:
+                encoders[len(rungs), "openvino"], size = grouped
+                sizes.append(size)
+                quality = self._quality(encoders[len(rungs), "openvino"](self.judge.inputs(self.tower)))
+                self.say(
+                    f"{self.tower}: int8 weights, a scale for each {GROUP} values of a token, on OpenVINO: centred p1 {quality.centred_p1:.4f}, "
+                    f"top-10 overlap {quality.overlap10:.4f}"
+                )
+                rungs = [*rungs, (Int8Recipe(form="grouped"), quality)]
             exact = OnnxEncoder(base)
             runs = {"float32": lambda: exact(row), **{f"{place}/{name}": functools.partial(encoder, row) for (place, name), encoder in encoders.items()}}
             times = interleaved(runs, settle=SETTLE, budget_seconds=90)
             points = []
             for (place, name), encoder in encoders.items():
                 recipe, quality = rungs[place]
-                if name != "onnx":
+                if name != "onnx" and recipe.form != "grouped":
                     quality = self._quality(encoder(self.judge.inputs(self.tower)))
                 against = ratio(times[f"{place}/{name}"], times["float32"])
                 problem = quality.misses(self.limits)
@@ -275,7 +289,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def _layers(recipe: Int8Recipe) -> str:
-    return f"{len(recipe.float_layers)}{' +pos' if recipe.positions else ''}"
+    return "grouped" if recipe.form == "grouped" else f"{len(recipe.float_layers)}{' +pos' if recipe.positions else ''}"
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
@@ -285,6 +299,16 @@ def _read_notes(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def grouped_encoder(data: bytes, folder: Path) -> tuple[Any, int] | None:
+    """A float32 graph with `compress_weights`, under OpenVINO on one thread, and its bytes; None where OpenVINO or nncf is not installed."""
+    try:
+        ov = import_openvino("timing int8 graphs")
+        saved = save(compress_weights(ov.convert_model(io.BytesIO(data))), folder)
+    except MissingExtraError:
+        return None
+    return OpenVinoEncoder(saved), sum(path.stat().st_size for path in Path(saved).iterdir())
 
 
 def openvino_encoders(data: bytes, folder: Path) -> dict[str, Any]:

@@ -81,17 +81,32 @@ def search_towers(config: Any, checkpoint: Path, model: ImageTextModel, say: Cal
         front_files.cleanup()
     for tower in TOWERS:
         own = [point for point in points if point.tower == tower]
-        chosen = best(own)
+        chosen, followed = best(own), best([point for point in own if point.recipe.form != "grouped"])
         if chosen is None and limits.latency is not None:
             raise RecipeError(f"no int8 form of the {tower} tower keeps to the budget; {_nearest(own, limits)}")
         if chosen is None:
             found["refused"][tower] = dict.fromkeys(SEARCHED, f"the search found no int8 form worth having; {_nearest(own, limits)}")
         else:
-            found["int8"][tower] = chosen.recipe.as_dict()
+            if followed is not None:
+                found["int8"][tower] = followed.recipe.as_dict()
+            other = _refused(own, followed, limits)
+            if other:
+                found["refused"][tower] = other
             found["chosen"][tower] = {"runtime": chosen.runtime, "time_beside_float32": chosen.ratio.as_dict(), "bytes_ratio": chosen.bytes_ratio}
     keys = "\n".join((*rows.keys, *probe.keys, *judge.keys))
     found["calibration"] = {"n": len(rows) + len(probe), "judged_on": len(judge), "seed": config.seed, "keys_sha256": hashlib.sha256(keys.encode()).hexdigest()}
     return found
+
+
+def _refused(points: list[Point], followed: Point | None, limits: Limits) -> dict[str, str]:
+    """Where a tower that has a good form on one runtime has none on another: of matrix products, whose forms are each runtime's own."""
+    grouped = next((point for point in points if point.recipe.form == "grouped"), None)
+    reasons = {}
+    if followed is None:
+        reasons["onnx"] = f"the search found no int8 form worth having; {_nearest([point for point in points if point.recipe.form != 'grouped'], limits)}"
+    if grouped is not None and grouped.problem is not None:
+        reasons["openvino"] = f"the search tried it: {grouped.problem}"
+    return reasons
 
 
 def limits_of(config: Any) -> Limits:

@@ -30,6 +30,7 @@ from runtime.files import whole_folder
 PRECISIONS = ("fp32", "fp16", "int8")
 EXTRA = "openvino"
 FLOAT_CONVOLUTIONS = 3  # from the input on: one scale cannot serve their channels
+GROUP = 128  # values of one token that share a scale when matrix products quantise what enters them
 
 _TELEMETRY = "openvino_telemetry"
 
@@ -114,7 +115,7 @@ def convert(job: Job, graph: onnx.ModelProto | None = None) -> Any:
 
 def quantize(model: Any, job: Job) -> Any:
     """A model in int8, in the way that suits its tower. One with convolutions gets int8 weights and activations, the ranges taken from the calibration rows;
-    one without (text) gets int8 weights alone: static ranges cost it more of its retrieval and were no faster.
+    one without (text) is left to `compress_weights`: static ranges cost it more of its retrieval and were no faster.
 
     TRANSFORMER keeps what leads into softmax and norms float (without it the L2 norm is quantised too); MIXED gives asymmetric ranges to activations with
     both signs (GELU's).
@@ -140,10 +141,28 @@ def quantize(model: Any, job: Job) -> Any:
                 ignored_scope=nncf.IgnoredScope(names=convolutions[:FLOAT_CONVOLUTIONS]),
             )
         else:
-            quantised = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+            quantised = compress_weights(model)
     if not _int8_weights(quantised):
         raise ParityError(f"nncf found nothing to quantise in the {job.tower} tower")
     _name(quantised, job)
+    return quantised
+
+
+def compress_weights(model: Any) -> Any:
+    """Weights in int8, one asymmetric scale a row; needs no data. What enters a product becomes int8 while it runs, `GROUP` values of a token on a scale of
+    their own, so a token that is always large spoils no other (a scale for the whole tensor, as ONNX Runtime's dynamic int8 has, does). The file carries the
+    group size, which the session follows.
+
+    Args:
+        model: float32; it may be changed.
+
+    Raises:
+        MissingExtraError: nncf is not installed.
+    """
+    nncf = import_openvino("quantising for OpenVINO", quantiser=True)
+    with nothing_said():
+        quantised = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    quantised.set_rt_info(str(GROUP), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     return quantised
 
 

@@ -416,6 +416,11 @@ def test_a_recipe_says_which_layers_it_cannot_find(convolutions, pixels):
         make_int8(convolutions, pixels, Int8Recipe(form="static", float_layers=tuple(layers(convolutions))))
 
 
+def test_the_form_of_another_runtime(products, rows):
+    with pytest.raises(ParityError, match="'grouped' is OpenVINO's own"):
+        make_int8(products, rows, Int8Recipe(form="grouped"))
+
+
 def test_a_graph_that_is_quantised_already(convolutions, products, pixels, rows):
     for model, inputs, form in ((convolutions, pixels, "static"), (products, rows, "dynamic")):
         made = make_int8(model, inputs, Int8Recipe(form=form))
