@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import runtime
-from runtime.backends import BACKENDS
+from runtime.backends import missing
 from runtime.encoder import open_artefact
 from runtime.errors import DeviceError, ParityError
 from runtime.manifest import Artefact
@@ -41,7 +41,7 @@ class Subject:
     def __post_init__(self) -> None:
         import hashlib
 
-        self.clip = runtime.load(self.folder, threads=self.threads)
+        self.clip = runtime.load(self.folder, threads=self.threads, measure=False)
         self.sha256 = hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
 
     @property
@@ -51,7 +51,7 @@ class Subject:
 
     def runnable(self, tower: str) -> list[Artefact]:
         """Proven artefacts of a tower that this machine can run, the dynamic fp32 one first (the reference of comparisons)."""
-        found = [a for a in self.clip.manifest.artefacts if a.tower == tower and a.status == "proven" and a.target in BACKENDS]
+        found = [a for a in self.clip.manifest.artefacts if a.tower == tower and a.status == "proven" and not missing(a.target)]
         return sorted(found, key=lambda a: (a.precision != "fp32", a.batch != "dynamic", a.id))
 
     def check(self) -> dict[str, float]:
@@ -87,7 +87,8 @@ class Subject:
 
     def end_to_end(self, tower: str, artefact: Artefact) -> Timed:
         """From JPEG bytes or a string to the embedding, through the SDK as an application calls it."""
-        clip = runtime.load(self.folder, threads=self.threads, prefer={tower: artefact.id})
+        clip = runtime.load(self.folder, threads=self.threads, prefer={tower: artefact.id}, measure=False)
+        clip.queries.entries = 0  # every turn is computed
         if tower == "image":
             jpegs = self.inputs.jpegs
             return lambda turn: clip.encode_image([jpegs[turn % len(jpegs)]])
@@ -103,7 +104,7 @@ class Subject:
         return {
             artefact.id: why.get(artefact.target, f"nothing on this machine runs the target {artefact.target}")
             for artefact in self.clip.manifest.artefacts
-            if artefact.status == "proven" and artefact.target not in BACKENDS
+            if artefact.status == "proven" and missing(artefact.target)
         }
 
 

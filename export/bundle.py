@@ -31,8 +31,9 @@ from export.latency_gate import processor
 from export.licences import require_commercial, third_party, works
 from export.model_card import model_card, read_evaluation
 from export.precision_file import read_precisions
+from export.score_calibration import calibrate_scores
 from export.to_coreml_classifier import read_classes
-from export.towers import TOWERS, choose_rows, read_samples
+from export.towers import TOWERS, choose_rows, embed, read_samples, text_encoder
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
 from mobileclip.config import ModelConfig
@@ -165,6 +166,8 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         artefacts = [artefact for tower in TOWERS for artefact in maker.make(tower)]
         shutil.copyfile(config.checkpoint / "tokenizer.json", work / "tokenizer.json")
         facts = write_golden_inputs(work, model, pairs, golden, pixels, tokenizer)
+        calibrated_scores = calibrate_scores(reference, lambda texts: embed(text_encoder(model), tokenizer(texts)), work)
+        say(_said_of_scores(calibrated_scores))
         manifest = Manifest(
             name=config.name or model.config.name,
             embed_dim=model.config.embed_dim,
@@ -176,6 +179,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
             languages=config.languages,
             artefacts=tuple(artefacts),
             golden=facts,
+            calibration=calibrated_scores,
             licences=tuple({"what": party.what, "name": party.name, "licence": party.licence, "standing": party.standing} for party in parties),
             provenance={
                 "checkpoint_sha256": receipt["files"]["model.safetensors"]["sha256"],
@@ -196,6 +200,13 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda line
         (work / "MODELCARD.md").write_text(card, encoding="utf-8")
         manifest = write_manifest(work, manifest)
     return manifest
+
+
+def _said_of_scores(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "scores: no probabilities of a match were fitted: too few pairs, or the checkpoint finds no more than chance would"
+    counts = ", ".join(f"{100 * at['false_accept']:.3g} % at {least} ({100 * at['missed']:.0f} % of the right ones missed)" for least, at in found["at"].items())
+    return f"scores: a wrong pair is accepted in {counts}; counted on {found['counted_on']} pairs that the fit did not see"
 
 
 def _check_numbers(config: ExportConfig) -> None:

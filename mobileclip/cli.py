@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "models": ("mobileclip.catalogue:main", "list the model presets"),
     "embed": ("runtime.shell:embed", "embeddings of pictures and texts"),
     "classify": ("runtime.shell:classify", "probabilities of labels for a picture"),
+    "classes": ("runtime.shell_classes:classes", "put a table of classes into a bundle, on wish without the text tower"),
     "search": ("runtime.shell:search", "find pictures by text"),
     "bench": ("benchmarks.latency:main", "measure a bundle on this device"),
     "report": ("benchmarks.report:main", "turn results into one HTML page"),

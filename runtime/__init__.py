@@ -13,13 +13,14 @@ from typing import Any
 _HOME = {
     "load": "encoder",
     "Clip": "encoder",
-    "Choice": "encoder",
+    "Choice": "choice",
     "Manifest": "manifest",
     "Artefact": "manifest",
     "read_manifest": "manifest",
     "write_manifest": "manifest",
     "PreprocessConfig": "preprocess",
     "Tokenizer": "tokenizer",
+    "ClassTable": "classes",
     "open_pairs": "pairs",
     **dict.fromkeys(
         (

@@ -42,7 +42,7 @@ def verify_artefact(folder: str | os.PathLike[str], manifest: Manifest, artefact
         BundleError: missing or changed.
     """
     for name in artefact_files(artefact, manifest.files):
-        _verify_file(Path(folder) / name, manifest.files[name])
+        verify_file(Path(folder) / name, manifest.files[name])
 
 
 def artefact_files(artefact: Artefact, files: Iterable[str]) -> list[str]:
@@ -65,10 +65,11 @@ def verify_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     if extra:
         raise BundleError(f"{folder / extra[0]} is not listed in the manifest ({len(extra)} such in all); remove it or export the bundle again")
     for name, facts in manifest.files.items():
-        _verify_file(folder / name, facts)
+        verify_file(folder / name, facts)
 
 
-def _verify_file(path: Path, facts: FileFacts) -> None:
+def verify_file(path: Path, facts: FileFacts) -> None:
+    """Check one file. Raises BundleError: missing or changed."""
     try:
         size = path.stat().st_size
     except OSError as error:

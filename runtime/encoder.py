@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends import BACKENDS, Tower
-from runtime.bundle_files import read_file, verify_artefact
+from runtime.backends import BACKENDS, Tower, missing
+from runtime.choice import NOTHING, Findings, candidates, choose
 from runtime.errors import BundleError, DeviceError
-from runtime.manifest import RECALL1_CHANGE_MIN, TOWERS, Artefact, Manifest, read_manifest
+from runtime.machine import Notes, try_out
+from runtime.manifest import TOWERS, Artefact, Manifest, read_manifest
 from runtime.preprocess import as_list, is_one, preprocess
+from runtime.query_cache import QueryCache
+from runtime.text_lengths import by_length
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from runtime.classes import ClassTable
+    from runtime.matching import Calibration
     from runtime.preprocess import ImageSource
 
-# Medians closer than this are the same speed, and then the more precise artefact wins.
-SAME_SPEED = 0.02
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 _IMAGE_BATCH, _TEXT_BATCH = 32, 256
+MEASURE = "MOBILECLIP_MEASURE"
+"""Environment variable; "0": artefacts are not tried out on this machine, the manifest's figures decide, and nothing is remembered."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """Which artefact of a tower runs, why, and why not the others (id -> reason)."""
-
-    id: str
-    why: str
-    passed_over: dict[str, str]
-
-    def __str__(self) -> str:
-        return f"{self.id}: {self.why}"
-
-
-def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str | Mapping[str, str] | None = None) -> Clip:
+def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str | Mapping[str, str] | None = None, *, measure: bool | None = None) -> Clip:
     """Open a bundle with the best proven artefact of each tower for this machine.
 
-    The manifest and the files that are going to be used are checked against their hashes; a whole bundle is checked by
-    `mclip inspect` and `mclip verify`. A tower's session opens at its first use.
+    What is best is found out when a tower is first used: artefacts are run on the bundle's golden inputs, those that compute something else here are left out
+    with a warning, and the fastest is taken. That is remembered, as are the hashes of the files that were read (a file of the same size, time and inode is
+    not hashed again; `mclip verify` always hashes everything).
 
     Args:
         bundle: the folder, or the bundle in one .zip file, which is unpacked once into the cache.
         threads: threads of one run; None = every processor that this process may use.
-        prefer: a precision ("fp32") or an artefact's id, for both towers or as {"image": …, "text": …}.
+        prefer: a precision ("fp32"), a target ("openvino") or an artefact's id, for both towers or as {"image": …, "text": …}.
+        measure: False: nothing is tried out here or remembered, the manifest's own figures decide. None = True, unless the variable MOBILECLIP_MEASURE is "0".
 
     Raises:
         BundleError: damaged, or nothing in it that is proven and runs here.
@@ -58,35 +51,63 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str
         from runtime.bundle_zip import folder_of  # zipfile takes its time to import
 
         folder = folder_of(folder)
-    return Clip(folder, threads=threads, prefer=prefer)
+    return Clip(folder, threads=threads, prefer=prefer, measure=measure)
 
 
 class Clip:
-    """An image-text model on this machine.
+    """An image-text model on this machine. Threads may share one.
 
     Attributes:
         manifest: the bundle's facts.
-        choice: tower -> `Choice`.
-        tokenizer: texts -> int32 tokens.
+        choice: tower -> `Choice`; what will run by all that is known so far. A bundle may lack the text tower.
+        queries: texts that were asked before, with their embeddings.
+        calibration: of scores, once it was read (`runtime.matching.read_calibration`).
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, prefer: str | Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *, threads: int | None = None, prefer: str | Mapping[str, str] | None = None, measure: bool | None = None) -> None:
         if threads is not None and threads < 1:
             raise BundleError(f"threads is {threads}, expected at least 1")
         self.folder = folder
         self.manifest = read_manifest(folder, verify=False)
-        self.choice = {tower: choose(self.manifest, tower, prefer if isinstance(prefer, str) or prefer is None else prefer.get(tower)) for tower in TOWERS}
-        for choice in self.choice.values():
-            verify_artefact(folder, self.manifest, self.manifest.artefact(choice.id))
-        text = self.manifest.text
-        self.tokenizer = Tokenizer.from_bytes(
-            read_file(folder, self.manifest, "tokenizer.json"), folder / "tokenizer.json", text.context_length, text.cleaning, text.pad_id
-        )
-        if self.tokenizer.vocab_size > text.vocab_size:
-            raise BundleError(f"{folder}: tokenizer.json has {self.tokenizer.vocab_size} tokens, the text tower {text.vocab_size}; export the bundle again")
         self.preprocess_config = self.manifest.image.preprocess_config()
+        self.queries = QueryCache()
+        self.calibration: Calibration | None = None
+        self._tokenizer: Tokenizer | None = None
         self._threads = threads
-        self._towers: dict[str, Tower] = {}
+        self._measure = os.environ.get(MEASURE) != "0" if measure is None else measure
+        self._notes = Notes(folder, kept=self._measure)
+        self._prefer = {tower: prefer if isinstance(prefer, str) or prefer is None else prefer.get(tower) for tower in TOWERS}
+        self._towers: dict[str, tuple[Tower, Artefact]] = {}
+        self._lock = threading.RLock()
+        there = {artefact.tower for artefact in self.manifest.artefacts}
+        self.choice = {tower: choose(self.manifest, tower, self._prefer[tower], self._found(tower) or NOTHING) for tower in TOWERS if tower in there or tower == "image"}
+        for choice in self.choice.values():
+            self._notes.verify(self.manifest, self.manifest.artefact(choice.id))
+        if "text" in self.choice:
+            self._notes.verify_file(self.manifest, "tokenizer.json")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts -> int32 tokens; opened when first asked for.
+
+        Raises:
+            BundleError: the bundle has none, or one that does not fit its text tower.
+        """
+        if self._tokenizer is None:
+            with self._lock:
+                if self._tokenizer is None:
+                    self._tokenizer = self._open_tokenizer()
+        return self._tokenizer
+
+    def _open_tokenizer(self) -> Tokenizer:
+        if "tokenizer.json" not in self.manifest.files:
+            raise BundleError(f"the bundle '{self.manifest.name}' is for pictures alone: no tokenizer, no text tower; use its class tables, or a bundle of both towers")
+        text, path = self.manifest.text, self.folder / "tokenizer.json"
+        self._notes.verify_file(self.manifest, "tokenizer.json")
+        found = Tokenizer.from_bytes(path.read_bytes(), path, text.context_length, text.cleaning, text.pad_id)
+        if found.vocab_size > text.vocab_size:
+            raise BundleError(f"{self.folder}: tokenizer.json has {found.vocab_size} tokens, the text tower {text.vocab_size}; export the bundle again")
+        return found
 
     @property
     def embed_dim(self) -> int:
@@ -103,12 +124,19 @@ class Clip:
             ImageError: one does not decode.
         """
         sources = as_list(images)
-        parts = [self.encode_pixels(preprocess(sources[n : n + _IMAGE_BATCH], self.preprocess_config)) for n in range(0, len(sources), _IMAGE_BATCH)]
+        slices = [sources[n : n + _IMAGE_BATCH] for n in range(0, len(sources), _IMAGE_BATCH)]
+        parts = [self.encode_pixels(preprocess(part, self.preprocess_config, threads=self._threads)) for part in slices]
         return np.concatenate(parts) if parts else np.zeros((0, self.embed_dim), np.float32)
 
     def encode_text(self, texts: Sequence[str] | str) -> np.ndarray:
-        """Texts -> float32 (B, D), unit norm. One string counts as a list of one."""
-        return self.encode_tokens(self.tokenizer(texts))
+        """Texts -> float32 (B, D), unit norm. One string counts as a list of one. What was asked before is remembered (`queries`)."""
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        known = self.queries.get(asked)
+        if known is not None:
+            return known
+        found = self.encode_tokens(self.tokenizer(asked))
+        self.queries.put(asked, found)
+        return found
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Preprocessed float32 (B, 3, H, W) -> float32 (B, D)."""
@@ -118,7 +146,7 @@ class Clip:
         return self._run("image", np.ascontiguousarray(pixels, np.float32), _IMAGE_BATCH)
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """Token rows int32 (B, context_length) -> float32 (B, D)."""
+        """Token rows int32 (B, context_length) -> float32 (B, D). Padding is not computed where the artefact takes shorter rows."""
         if tokens.ndim != 2 or tokens.shape[1] != self.manifest.text.context_length:
             raise ValueError(f"tokens have shape {tokens.shape}, expected (B, {self.manifest.text.context_length})")
         return self._run("text", np.ascontiguousarray(tokens, np.int32), _TEXT_BATCH)
@@ -142,30 +170,114 @@ class Clip:
         found = probabilities(cosines, self.manifest.loss, self.manifest.logit_scale, self.manifest.logit_bias)
         return found[0] if is_one(image) else found
 
+    def classes(self, names: Sequence[str] | Mapping[str, Sequence[str]], templates: Sequence[str] = ("{}",)) -> ClassTable:
+        """Classes to tell pictures apart by: see `runtime.classes.ClassTable`.
+
+        Args:
+            names: class names, put into each template; or a dict of names to texts of their own.
+            templates: with {} where the name goes. A class is the mean of its texts' embeddings.
+        """
+        from runtime.classes import make_table
+
+        return make_table(self, names, templates)
+
+    def stored_classes(self, name: str | None = None) -> ClassTable:
+        """A class table that travels with the bundle (`mclip classes` puts them there); None: the only one."""
+        from runtime.classes import stored_table
+
+        return stored_table(self, name)
+
+    def match(self, images: Sequence[ImageSource] | ImageSource, texts: Sequence[str] | str) -> np.ndarray:
+        """Probability that a text fits a picture, each pair for itself: low for all texts means "nothing like that here".
+
+        Returns:
+            float32 (B, L).
+
+        Raises:
+            BundleError: the bundle carries no score calibration.
+        """
+        from runtime.matching import read_calibration
+
+        return read_calibration(self).probability(self.encode_image(images), self.encode_text(texts))
+
+    def explain(self) -> str:
+        """What runs on this machine and why, a paragraph a tower; tries out what was not tried yet."""
+        lines = []
+        for tower in self.choice:
+            _, artefact = self._open(tower)
+            choice = self.choice[tower]
+            lines.append(f"{tower}: {artefact.target} {artefact.precision} ({choice.id}): {choice.why}")
+            lines += [f"  not {id}: {reason}" for id, reason in choice.passed_over.items()]
+        return "\n".join(lines)
+
     def selfcheck(self) -> dict[str, Any]:
         """Run the bundle's golden inputs through preprocessing, tokenizer and the chosen artefacts: see `runtime.selfcheck`."""
         from runtime.selfcheck import selfcheck
 
         return selfcheck(self.folder, threads=self._threads, artefacts=[choice.id for choice in self.choice.values()])
 
+    def _found(self, tower: str) -> Findings | None:
+        return self._notes.findings(f"{tower}, {self._threads} threads, {self._prefer[tower]}") if self._measure else NOTHING
+
+    def _open(self, tower: str) -> tuple[Tower, Artefact]:
+        """The tower's session; at its first use on this machine, the best artefact is found out."""
+        opened = self._towers.get(tower)
+        if opened is not None:
+            return opened
+        with self._lock:
+            if tower not in self._towers:
+                if tower not in self.choice:
+                    raise BundleError(f"the bundle '{self.manifest.name}' has no {tower} tower; use its class table, or export it with both towers")
+                if self._found(tower) is None:
+                    self._try_out(tower)
+                artefact = self.manifest.artefact(self.choice[tower].id)
+                self._towers[tower] = open_artefact(self.folder, self.manifest, artefact, self._threads), artefact
+            return self._towers[tower]
+
+    def _try_out(self, tower: str) -> None:
+        field, _ = candidates(self.manifest, tower, self._prefer[tower])
+        size = self.embed_dim
+
+        def open_it(artefact: Artefact) -> Tower:
+            self._notes.verify(self.manifest, artefact)
+            return open_artefact(self.folder, self.manifest, artefact, self._threads)
+
+        def run(opened: Tower, artefact: Artefact, inputs: np.ndarray) -> np.ndarray:
+            return run_tower(opened, artefact, inputs, size, _IMAGE_BATCH, self.manifest)
+
+        found = try_out(self.manifest, self.folder, field, open_it, run, timed=len(field) > 1)
+        self.choice[tower] = choose(self.manifest, tower, self._prefer[tower], found)
+        self._notes.verify(self.manifest, self.manifest.artefact(self.choice[tower].id))
+        self._notes.keep(f"{tower}, {self._threads} threads, {self._prefer[tower]}", found)
+
     def _run(self, tower: str, inputs: np.ndarray, most: int) -> np.ndarray:
-        artefact = self.manifest.artefact(self.choice[tower].id)
         if not len(inputs):
             return np.zeros((0, self.embed_dim), np.float32)
-        if tower not in self._towers:
-            self._towers[tower] = open_artefact(self.folder, self.manifest, artefact, self._threads)
-        return run_batches(self._towers[tower], artefact, inputs, self.embed_dim, most)
+        opened, artefact = self._open(tower)
+        return run_tower(opened, artefact, inputs, self.embed_dim, most, self.manifest)
 
     def __repr__(self) -> str:
-        return f"Clip({self.manifest.name!r}, image={self.choice['image'].id}, text={self.choice['text'].id})"
+        return f"Clip({self.manifest.name!r}, {', '.join(f'{tower}={choice.id}' for tower, choice in self.choice.items())})"
 
 
 def open_artefact(folder: Path, manifest: Manifest, artefact: Artefact, threads: int | None = None) -> Tower:
     """Open one artefact of a bundle. Raises BundleError when no backend here runs its target."""
     spec = manifest.image if artefact.tower == "image" else manifest.text
-    if artefact.target not in BACKENDS or artefact.path is None:
-        raise BundleError(f"artefact '{artefact.id}' cannot run here: target {artefact.target}, {artefact.status}; this SDK runs {', '.join(BACKENDS)}")
-    return BACKENDS[artefact.target](folder / artefact.path, threads, spec.input, spec.output, half=artefact.precision == "fp16")
+    absent = missing(artefact.target)
+    if absent or artefact.path is None:
+        raise BundleError(f"artefact '{artefact.id}' cannot run here: {absent or artefact.status}; this SDK runs {', '.join(BACKENDS)}")
+    return BACKENDS[artefact.target](folder / artefact.path, threads, spec.input, spec.output, precision=artefact.precision)
+
+
+def run_tower(tower: Tower, artefact: Artefact, inputs: np.ndarray, embed_dim: int, most: int, manifest: Manifest) -> np.ndarray:
+    """`run_batches`, with token rows cut to what they hold where the artefact takes any length."""
+
+    def run(part: np.ndarray) -> np.ndarray:
+        return run_batches(tower, artefact, part, embed_dim, most)
+
+    if artefact.tower == "text" and artefact.any_length:
+        return by_length(inputs, manifest.text, run, embed_dim)
+    return run(inputs)
 
 
 def run_batches(tower: Tower, artefact: Artefact, inputs: np.ndarray, embed_dim: int, most: int = 32) -> np.ndarray:
@@ -196,73 +308,3 @@ def probabilities(cosines: np.ndarray, loss: str, scale: float, bias: float | No
         return (0.5 * (1 + np.tanh(logits / 2))).astype(np.float32)
     logits = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return (logits / logits.sum(axis=-1, keepdims=True)).astype(np.float32)
-
-
-def choose(manifest: Manifest, tower: str, prefer: str | None = None) -> Choice:
-    """The artefact of a tower that should run here.
-
-    Among those that are proven, runnable and near enough to the checkpoint: the fastest by the manifest's `p50_ms`; within
-    2 % of it (or where nothing was timed) the more precise, then a dynamic batch. `prefer` (id or precision) narrows the field.
-
-    Raises:
-        BundleError: none is left.
-    """
-    passed_over: dict[str, str] = {}
-    field: list[Artefact] = []
-    for artefact in manifest.artefacts:
-        if artefact.tower == tower:
-            reason = unfit(artefact)
-            if reason:
-                passed_over[artefact.id] = reason
-            else:
-                field.append(artefact)
-    if prefer is not None:
-        wanted = [a for a in field if prefer in (a.id, a.precision)]
-        if not wanted:
-            known = ", ".join(f"{a.id} ({a.precision})" for a in field) or "none"
-            raise BundleError(f"bundle '{manifest.name}' has no usable {tower} artefact '{prefer}'{_said(passed_over, prefer)}; usable: {known}")
-        passed_over.update({a.id: f"'{prefer}' was asked for" for a in field if a not in wanted})
-        field = wanted
-    if not field:
-        reasons = "; ".join(f"{id}: {reason}" for id, reason in passed_over.items()) or "the manifest lists none"
-        raise BundleError(f"bundle '{manifest.name}' has no {tower} artefact that runs here ({reasons})")
-    quickest = min(a.p50_ms for a in field)
-    even = [a for a in field if a.p50_ms <= quickest * (1 + SAME_SPEED) or math.isinf(quickest)]
-    best = min(even, key=lambda a: (_PRECISIONS.index(a.precision) if a.precision in _PRECISIONS else 9, a.batch != "dynamic", a.p50_ms, a.id))
-    for artefact in field:
-        if artefact is not best:
-            passed_over[artefact.id] = f"{_speed(artefact)}, {artefact.precision}"
-    return Choice(id=best.id, why=_why(best, field, even, prefer), passed_over=passed_over)
-
-
-def unfit(artefact: Artefact) -> str | None:
-    """Why an artefact may not be picked; None when it may."""
-    if artefact.status != "proven":
-        return f"{artefact.status}: {artefact.reason}"
-    if artefact.target not in BACKENDS:
-        return f"target {artefact.target} does not run in this SDK"
-    parity = artefact.parity or {}
-    if not parity.get("cosine_min", -1.0) >= artefact.cosine_threshold:
-        return f"cosine_min {parity.get('cosine_min')} is below {artefact.cosine_threshold}"
-    change = parity.get("recall1_clear", parity.get("recall1_change"))
-    if change is not None and change < RECALL1_CHANGE_MIN:
-        return f"recall@1 changes by {change:+.3f}, at most {RECALL1_CHANGE_MIN:+.2f} is let through"
-    return None
-
-
-def _why(best: Artefact, field: list[Artefact], even: list[Artefact], prefer: str | None) -> str:
-    asked = f"'{prefer}' was asked for; " if prefer is not None else ""
-    if len(field) == 1:
-        return f"{asked}the only proven artefact that runs here ({_speed(best)})"
-    if math.isinf(best.p50_ms):
-        return f"{asked}nothing was timed, so the most precise"
-    tie = " and the most precise of equally fast ones" if len(even) > 1 else ""
-    return f"{asked}fastest of {len(field)} proven artefacts{tie} ({_speed(best)})"
-
-
-def _speed(artefact: Artefact) -> str:
-    return "not timed" if math.isinf(artefact.p50_ms) else f"{artefact.p50_ms:.2f} ms"
-
-
-def _said(passed_over: dict[str, str], wanted: str) -> str:
-    return f" ({passed_over[wanted]})" if wanted in passed_over else ""

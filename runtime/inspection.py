@@ -52,7 +52,7 @@ def inspect_path(path: str | os.PathLike[str], sample: float | None = None) -> d
 
 def bundle_facts(path: Path) -> dict[str, Any]:
     """Facts of a bundle, every file verified. Raises BundleError."""
-    from runtime.encoder import choose
+    from runtime.choice import choose
     from runtime.manifest import TOWERS, read_manifest
 
     manifest = read_manifest(path, verify=True)

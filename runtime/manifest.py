@@ -81,6 +81,7 @@ class Artefact:
         latency: measured figures; `p50_ms` (one input, batch 1) decides which artefact `runtime.load` picks.
         threshold: least `cosine_min`; None = `COSINE_MIN` of the precision.
         facts: what its converter or compiler said: layers, partitions, versions.
+        any_length: a text graph that takes rows of fewer tokens than `context_length`, and gives the same for them.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Artefact:
     latency: dict[str, Any] | None = None
     threshold: float | None = None
     facts: dict[str, Any] | None = None
+    any_length: bool = False
 
     @property
     def cosine_threshold(self) -> float:
@@ -119,7 +121,12 @@ class FileFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The whole of `manifest.json`. `files` is filled by `write_manifest`."""
+    """The whole of `manifest.json`. `files` is filled by `write_manifest`.
+
+    Attributes:
+        calibration: how probable a match is, as `runtime.matching` reads it; None: not fitted.
+        classes: class tables that travel along: [{"name", "path", "n"}].
+    """
 
     name: str
     embed_dim: int
@@ -133,6 +140,8 @@ class Manifest:
     golden: dict[str, Any] = field(default_factory=dict)
     licences: tuple[Any, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    classes: tuple[Any, ...] = ()
     files: dict[str, FileFacts] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -300,12 +309,14 @@ def _manifest(document: dict[str, Any], reader: _Reader) -> Manifest:
         golden=take(document, "golden", dict),
         licences=tuple(take(document, "licences", list)),
         provenance=take(document, "provenance", dict),
+        calibration=take({"calibration": None, **document}, "calibration", (dict, _NULL)),
+        classes=tuple(take({"classes": [], **document}, "classes", list)),
         files=files,
     )
 
 
 def _artefact(entry: dict[str, Any], reader: _Reader, where: str) -> Artefact:
-    optional = {"threshold": None, "facts": None, **entry}
+    optional = {"threshold": None, "facts": None, "any_length": False, **entry}
     return Artefact(
         **{key: reader.take(entry, key, str, where) for key in ("id", "tower", "target", "precision", "batch", "status")},
         **{key: reader.take(entry, key, (str, _NULL), where) for key in ("path", "reason")},
@@ -313,6 +324,7 @@ def _artefact(entry: dict[str, Any], reader: _Reader, where: str) -> Artefact:
         bytes=reader.take(entry, "bytes", (int, _NULL), where),
         threshold=reader.take(optional, "threshold", (float, _NULL), where),
         facts=reader.take(optional, "facts", (dict, _NULL), where),
+        any_length=reader.take(optional, "any_length", bool, where),
     )
 
 
@@ -336,7 +348,8 @@ def _check(manifest: Manifest, path: Path) -> None:
     must(manifest.text.cleaning in ("clip", "none"), f"text.cleaning is '{manifest.text.cleaning}', expected clip or none")
     must(manifest.loss in LOSSES, f"loss is '{manifest.loss}', expected one of {', '.join(LOSSES)}")
     must(math.isfinite(manifest.logit_scale) and manifest.logit_scale > 0, f"logit_scale is {manifest.logit_scale}, expected above 0")
-    must("tokenizer.json" in manifest.files, "no tokenizer.json is listed; a bundle carries its tokenizer")
+    texts = any(artefact.tower == "text" for artefact in manifest.artefacts)
+    must("tokenizer.json" in manifest.files or not texts, "no tokenizer.json is listed; a bundle with a text tower carries its tokenizer")
     ids = [artefact.id for artefact in manifest.artefacts]
     must(len(set(ids)) == len(ids), "two artefacts share an id")
     for artefact in manifest.artefacts:
@@ -350,6 +363,7 @@ def _check_artefact(artefact: Artefact, manifest: Manifest, must: Callable[[bool
         artefact.batch == "dynamic" or (artefact.batch.isdecimal() and int(artefact.batch) > 0),
         f"{name} has batch '{artefact.batch}', expected dynamic or a number",
     )
+    must(not artefact.any_length or (artefact.tower == "text" and manifest.text.mask != "none"), f"{name} has any_length, which only a masked text tower can have")
     must(artefact.status in STATUSES, f"{name} has status '{artefact.status}', expected one of {', '.join(STATUSES)}")
     must(artefact.status == "proven" or bool(artefact.reason), f"{name} is {artefact.status}, so it must have a reason")
     if artefact.status == "refused":

@@ -7,6 +7,9 @@ evaluation transform where `crop_pct` is below 1. Decisions:
 * A file (path or encoded bytes) is turned upright by its EXIF orientation, as the pairs reader does, so that a phone's
   photograph looks the same in training and on the device. A PIL picture is taken as it is, as open_clip takes it: who
   opens files himself and wants them upright applies `PIL.ImageOps.exif_transpose`.
+* A large JPEG file is decoded at a half, a quarter or an eighth of its size, as long as that leaves `OVERSAMPLING` times the pixels that the resize asks
+  for: what is left out would be averaged away. The embedding moves by less than 1e-4 in cosine (`make bench-runtime` prints it). A PIL picture, and with
+  `reduced=False` a file, is taken whole.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("bilinear", "bicubic")
 # A resized picture may have this many pixels before its crop: more comes only from absurd aspect ratios.
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
+OVERSAMPLING = 2
 
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
 
@@ -85,11 +89,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, least: int | None = None) -> Image.Image:
     """A path, encoded bytes, PIL picture or uint8 array as an RGB picture.
 
     Args:
         source: arrays are (H, W, 3), (H, W, 4) or (H, W), uint8.
+        least: pixels that the short side must keep; a larger JPEG may be decoded at a fraction of its size. None: whole.
 
     Raises:
         ImageError: missing, not a picture, cut short, too large to be meant, or an array of another kind.
@@ -113,6 +118,8 @@ def load_image(source: ImageSource) -> Image.Image:
             # Beyond Pillow's limit on pixels it warns, at twice the limit it raises: for us both are refusals.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if least is not None:
+                    image.draft(None, (least, least))
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except (
@@ -157,11 +164,13 @@ def normalise(pixels: np.ndarray, config: PreprocessConfig, out: np.ndarray | No
     return planes
 
 
-def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessConfig) -> np.ndarray:
+def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessConfig, *, threads: int | None = 1, reduced: bool = True) -> np.ndarray:
     """Pictures -> float32 (B, 3, image_size, image_size), ready for the image tower.
 
     Args:
         images: a list of paths, PIL pictures or uint8 (H, W, 3) arrays, or one of them. An empty list gives B = 0.
+        threads: that decode and resize side by side; None = every processor that this process may use.
+        reduced: large JPEG files may be decoded at a fraction of their size.
 
     Raises:
         ImageError: one of them does not decode; the message names it.
@@ -169,9 +178,35 @@ def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessCo
     size = config.image_size
     sources = as_list(images)
     pixels = np.empty((len(sources), size, size, 3), np.uint8)
-    for n, source in enumerate(sources):
-        pixels[n] = np.asarray(resize_and_crop(load_image(source), config))
+    least = OVERSAMPLING * math.floor(size / config.crop_pct) if reduced else None
+
+    def fill(n: int) -> None:
+        pixels[n] = np.asarray(resize_and_crop(load_image(sources[n], least), config))
+
+    side_by_side(fill, len(sources), threads)
     return normalise(pixels, config)
+
+
+def side_by_side(work: Callable[[int], None], count: int, threads: int | None) -> None:
+    """`work(0)` … `work(count - 1)`, on several threads where there is more than one thing to do; the first error is raised, the rest is left undone."""
+    if threads is None:
+        from runtime.backends import available_threads
+
+        threads = available_threads()
+    if min(threads, count) < 2:
+        for n in range(count):
+            work(n)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(threads, count)) as pool:
+        waiting = [pool.submit(work, n) for n in range(count)]
+        try:
+            for done in waiting:
+                done.result()
+        finally:
+            for left in waiting:
+                left.cancel()
 
 
 def is_one(images: Any) -> bool:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends import BACKENDS
+from runtime.backends import missing
 from runtime.bundle_files import read_file, verify_artefact
-from runtime.encoder import open_artefact, run_batches
+from runtime.encoder import open_artefact, run_tower
 from runtime.errors import BundleError, ClipError
 from runtime.manifest import Artefact, Manifest, read_manifest
 from runtime.preprocess import preprocess
@@ -155,10 +155,12 @@ def selfcheck(bundle: str | os.PathLike[str], threads: int | None = None, artefa
     golden = read_golden(folder, manifest)
     pixels = preprocess(golden.images, manifest.image.preprocess_config())
     text = manifest.text
-    data = read_file(folder, manifest, "tokenizer.json")
-    tokens = Tokenizer.from_bytes(data, folder / "tokenizer.json", text.context_length, text.cleaning, text.pad_id)([*golden.texts, *golden.hard_texts])
+    different = 0
+    if "tokenizer.json" in manifest.files:  # a bundle for pictures alone has none
+        data = read_file(folder, manifest, "tokenizer.json")
+        tokens = Tokenizer.from_bytes(data, folder / "tokenizer.json", text.context_length, text.cleaning, text.pad_id)([*golden.texts, *golden.hard_texts])
+        different = int((tokens != np.concatenate([golden.tokens, golden.hard_tokens])).any(axis=1).sum())
     difference = float(np.abs(pixels - golden.pixels).max())
-    different = int((tokens != np.concatenate([golden.tokens, golden.hard_tokens])).any(axis=1).sum())
     report: dict[str, Any] = {
         "name": manifest.name,
         "n": len(golden.texts),
@@ -201,12 +203,12 @@ def _check(folder: Path, manifest: Manifest, artefact: Artefact, golden: Golden,
     recorded = (artefact.parity or {}).get("cosine_min")
     if artefact.status != "proven":  # never picked: listed with its reason, not judged
         return {**entry, "ok": True, "how": artefact.status, "cosine_min": recorded}
-    if artefact.target not in BACKENDS:
+    if missing(artefact.target):
         return _judge({**entry, "how": "recorded", "cosine_min": recorded})
     inputs, wanted = (golden.pixels, golden.image_embedding) if artefact.tower == "image" else (golden.tokens, golden.text_embedding)
     try:
         verify_artefact(folder, manifest, artefact)
-        found = run_batches(open_artefact(folder, manifest, artefact, threads), artefact, inputs, manifest.embed_dim)
+        found = run_tower(open_artefact(folder, manifest, artefact, threads), artefact, inputs, manifest.embed_dim, 32, manifest)
     except ClipError as error:
         return {**entry, "ok": False, "how": "run", "cosine_min": None, "reason": str(error)}
     norms = np.linalg.norm(found, axis=1)

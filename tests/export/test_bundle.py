@@ -25,7 +25,7 @@ from export.artefacts import TARGETS, parse_targets
 from export.bundle import ExportConfig, export_bundle, main
 from export.latency_gate import Ratio
 from runtime.bundle_zip import folder_of
-from runtime.encoder import unfit
+from runtime.choice import unfit
 from runtime.errors import BundleError, CheckpointError, PairsError, ParityError, RecipeError
 from runtime.files import file_sha256
 from runtime.manifest import read_manifest
