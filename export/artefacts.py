@@ -7,6 +7,7 @@ much of its retrieval, or is not faster than its target's own float32 here, is r
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -164,7 +165,8 @@ class Maker:
 
     def _times(self, tower: Tower, drafts: list[Draft]) -> dict[str, np.ndarray]:
         row = self.samples.inputs(tower)[:1]
-        runs = {draft.id: (lambda run=draft.run: run(row)) for draft in drafts if draft.timed and draft.run is not None}
+        timed = {draft.id: getattr(draft.run, "whole", draft.run) for draft in drafts if draft.timed and draft.run is not None}
+        runs = {id: functools.partial(run, row) for id, run in timed.items()}
         return interleaved(runs) if runs else {}
 
     def _judged(self, draft: Draft, parity: Parity | None, times: dict[str, np.ndarray], untrained: str | None) -> Artefact:
@@ -189,6 +191,7 @@ class Maker:
             id=draft.id, tower=draft.tower, target=draft.target, precision=draft.precision, batch=draft.batch,
             path=None if status == "refused" else draft.path, status=status, reason=reason,
             parity=None if parity is None else {**parity.as_dict(), "how": draft.how}, latency=latency, facts=draft.facts or None,
+            any_length=draft.any_length,
         )  # fmt: skip
 
     def _remove(self, draft: Draft) -> None:

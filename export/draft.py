@@ -122,6 +122,7 @@ class Draft:
         how: by what it was evaluated, one clause ("ONNX Runtime 1.31.1 on the CPU").
         variant: told apart in the id from another of the same precision ("static").
         timed: whether `run` is this artefact's own runtime at the user's settings, so that its time here means something.
+        any_length: a text graph that takes rows of fewer tokens; `run` then gives it what rows hold, and `run.whole` the padding too.
         most_rows: evaluate no more rows than this (an interpreter is slow); None: all.
         facts: what the manifest keeps beside the parity: layers, partitions, sizes, what a build said.
         problem: why there is no file: what the converter said.
@@ -136,6 +137,7 @@ class Draft:
     batch: str = "1"
     variant: str = ""
     timed: bool = False
+    any_length: bool = False
     most_rows: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None

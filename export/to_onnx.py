@@ -298,9 +298,24 @@ def _draft(job: Job, model: onnx.ModelProto, precision: str, batch: Batch) -> Dr
     variant = "" if batch == "dynamic" else "static"
     path = f"onnx/{job.tower}.{precision}{'.static' if variant else ''}.onnx"
     half = precision == "fp16"
-    written = write_onnx(model, job.folder / path)
-    run = OnnxEncoder(written, full=not half)
+    shorter = None if job.tower == "image" or variant else _any_length(job, model, precision)
+    written = write_onnx(shorter or model, job.folder / path)
+    run: Any = OnnxEncoder(written, full=not half)
+    if shorter is not None:
+        from export.any_length import ShortRows
+
+        run = ShortRows(run, job.model.config.text.pad_id, job.model.config.embed_dim)
     return Draft(
         tower=job.tower, target="onnx", precision=precision, path=written.relative_to(job.folder).as_posix(), run=run, batch=batch, variant=variant,
         timed=precision in ("fp32", "int8"), how=f"onnxruntime {onnxruntime.__version__}", most_rows=None if batch == "dynamic" else STATIC_ROWS,
+        any_length=shorter is not None,
     )  # fmt: skip
+
+
+def _any_length(job: Job, model: onnx.ModelProto, precision: str) -> onnx.ModelProto | None:
+    """The graph for rows of any length, where the tower's mask allows it and the graph does it."""
+    if job.model.config.text.mask == "none" or model.ByteSize() > MOST_BYTES:
+        return None
+    from export.any_length import freed  # starts from this module
+
+    return freed(model, job.rows, job.model.config.text.pad_id, exact=precision == "fp32")

@@ -276,7 +276,7 @@ def run_tower(tower: Tower, artefact: Artefact, inputs: np.ndarray, embed_dim: i
         return run_batches(tower, artefact, part, embed_dim, most)
 
     if artefact.tower == "text" and artefact.any_length:
-        return by_length(inputs, manifest.text, run, embed_dim)
+        return by_length(inputs, manifest.text.pad_id, run, embed_dim)
     return run(inputs)
 
 

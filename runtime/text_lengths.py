@@ -6,12 +6,8 @@ Rows are cut to the length of what they hold, rounded up to one of a few, so tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from runtime.manifest import TextSpec
 
 LENGTHS = (8, 16, 24, 32, 48, 64)
 
@@ -24,15 +20,15 @@ def token_counts(tokens: np.ndarray, pad_id: int) -> np.ndarray:
     return np.maximum(last, tokens.argmax(axis=1) + 1)
 
 
-def by_length(tokens: np.ndarray, text: TextSpec, run: Callable[[np.ndarray], np.ndarray], embed_dim: int) -> np.ndarray:
+def by_length(tokens: np.ndarray, pad_id: int, run: Callable[[np.ndarray], np.ndarray], embed_dim: int) -> np.ndarray:
     """(B, context_length) -> (B, D), each row computed with no more padding than its length needs.
 
     Args:
         run: (n, T) -> (n, D) for any T up to context_length.
     """
-    whole = text.context_length
+    whole = tokens.shape[1]
     steps = np.array([length for length in LENGTHS if length < whole] + [whole])
-    lengths = steps[np.searchsorted(steps, token_counts(tokens, text.pad_id))]
+    lengths = steps[np.searchsorted(steps, token_counts(tokens, pad_id))]
     found = np.empty((len(tokens), embed_dim), np.float32)
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)

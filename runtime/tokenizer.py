@@ -1,8 +1,8 @@
-"""Texts to token rows: `tokenizers` behind the cleaning that CLIP's tokenizer does in Python.
+"""Texts to token rows, with the cleaning that CLIP's tokenizer does in Python.
 
 `tokenizer.json` is a plain Hugging Face file, so that other languages can read it; what such a file cannot express
 (repair of mojibake, HTML entities, Python's idea of lower case and white space) happens first, in `runtime/cleaning.py`.
-Words that were met before are not spelled again (`runtime/word_cache.py`); the Rust model stays the only one that spells.
+CLIP's own vocabulary is spelled here (`runtime/byte_pairs.py`), each word once (`runtime/word_cache.py`); any other file goes to the package `tokenizers`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from runtime.byte_pairs import EOT, SOT, SPLIT, BytePairs, byte_alphabet, read_byte_pairs
 from runtime.cleaning import clean_words
-from runtime.errors import CheckpointError
-from runtime.word_cache import SPLIT, WordCache
+from runtime.errors import CheckpointError, MissingExtraError
+from runtime.word_cache import WordCache
 
-SOT = "<start_of_text>"
-EOT = "<end_of_text>"
 CLIP_VOCAB_SIZE = 49408
 CLEANINGS = ("clip", "none")
-
-
-def byte_alphabet() -> dict[int, str]:
-    """The 256 byte values as printable characters, in the order in which CLIP's vocabulary lists them."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = {byte: chr(byte) for byte in printable}
-    hidden = [byte for byte in range(256) if byte not in alphabet]
-    alphabet.update({byte: chr(256 + n) for n, byte in enumerate(hidden)})
-    return alphabet
 
 
 def build_clip_tokenizer(merges_path: str | Path, vocab_size: int = CLIP_VOCAB_SIZE, out: str | Path = "tokenizer.json") -> Path:
@@ -86,16 +76,6 @@ def _clip_split() -> Any:
     return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _spells_words_apart(tokenizer: Any, ends: list[int]) -> bool:
-    """Whether the ids of a cleaned text are those of its words between `ends`, always: true of what `build_clip_tokenizer` writes.
-
-    A file with another split, other added tokens (they may hold spaces) or random merges is served without a word cache.
-    """
-    same_split = tokenizer.pre_tokenizer.__getstate__() == _clip_split().__getstate__()
-    fixed = type(tokenizer.model).__name__ == "BPE" and not tokenizer.model.dropout
-    return same_split and fixed and len(tokenizer.get_added_tokens_decoder()) == 2 and tokenizer.encode("").ids == ends
-
-
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         data = path.read_bytes()
@@ -112,29 +92,31 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 class Tokenizer:
     """Texts -> int32 (B, context_length); made by `Tokenizer.open`. Can be pickled (with its content, so the file may go)."""
 
-    def __init__(self, tokenizer: Any, data: bytes, path: Path, context_length: int, cleaning: str, pad_id: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, spelled: Any, data: bytes, path: Path, context_length: int, cleaning: str, pad_id: int) -> None:
         self._data = data
         self.path = path
         self.context_length = context_length
         self.cleaning = cleaning
         self.pad_id = pad_id
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        empty = tokenizer.encode("").ids
-        if context_length < max(len(empty), 1):
-            raise CheckpointError(f"{path}: context_length is {context_length}, too short for the {len(empty)} special tokens of an empty text")
-        self._specials: dict[str, int] = {SOT: tokenizer.token_to_id(SOT), EOT: tokenizer.token_to_id(EOT)} if cleaning == "clip" else {}
         self._words: WordCache | None = None
-        if cleaning == "clip" and _spells_words_apart(tokenizer, [*self._specials.values()]):
-            self._words = WordCache(tokenizer.model, self._specials, byte_alphabet())
+        self._specials: dict[str, int] = {}
+        if isinstance(spelled, BytePairs):
+            self._pairs: BytePairs | None = spelled
+            self._specials = {SOT: spelled.start, EOT: spelled.end}
+            self._words = WordCache(spelled.spell, self._specials, byte_alphabet())
+            self.vocab_size = len(spelled.vocab)
+            needed = len(self._specials)
         else:
-            self._use_whole_texts()
-
-    def _use_whole_texts(self) -> None:
-        """Rows come from the Rust side alone from now on, a text at a time."""
-        self._words = None
-        self._tokenizer.enable_truncation(max_length=self.context_length)
-        self._tokenizer.enable_padding(length=self.context_length, pad_id=self.pad_id, pad_token=self._tokenizer.id_to_token(self.pad_id) or "[PAD]")
+            self._pairs, self._tokenizer = None, spelled
+            self.vocab_size = int(spelled.get_vocab_size(with_added_tokens=True))
+            if cleaning == "clip":
+                self._specials = {SOT: spelled.token_to_id(SOT), EOT: spelled.token_to_id(EOT)}
+            needed = max(len(spelled.encode("").ids), 1)
+        if context_length < needed:
+            raise CheckpointError(f"{path}: context_length is {context_length}, too short for the {needed} special tokens of an empty text")
+        if self._pairs is None:
+            self._tokenizer.enable_truncation(max_length=context_length)
+            self._tokenizer.enable_padding(length=context_length, pad_id=pad_id, pad_token=self._tokenizer.id_to_token(pad_id) or "[PAD]")
 
     @classmethod
     def open(cls, path: str | Path, context_length: int = 77, cleaning: str = "clip", pad_id: int = 0) -> Tokenizer:
@@ -160,8 +142,20 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, data: bytes, path: Path, context_length: int, cleaning: str, pad_id: int) -> Tokenizer:
         """As `open`, with the file's content at hand (already read to be hashed); `path` serves messages."""
-        from tokenizers import Tokenizer as RustTokenizer
+        pairs = read_byte_pairs(data) if cleaning == "clip" else None
+        if pairs is not None:
+            return cls(pairs, data, path, context_length, cleaning, pad_id)
+        return cls.by_package(data, path, context_length, cleaning, pad_id)
 
+    @classmethod
+    def by_package(cls, data: bytes, path: Path, context_length: int, cleaning: str, pad_id: int) -> Tokenizer:
+        """As `from_bytes`, by the package `tokenizers` in any case. Raises MissingExtraError without it."""
+        try:
+            from tokenizers import Tokenizer as RustTokenizer
+        except ModuleNotFoundError as error:
+            if error.name != "tokenizers":
+                raise
+            raise MissingExtraError("tokenizers", "tokenizers", f"a tokenizer other than CLIP's ({path.name})") from None
         try:
             tokenizer = RustTokenizer.from_buffer(data)
         except Exception as error:  # the Rust side raises bare Exception
@@ -236,7 +230,11 @@ class Tokenizer:
             ids = ids[: ids.index(end)]
         ids = [n for n in ids if n != start]
         byte_of = {character: byte for byte, character in byte_alphabet().items()}
-        tokens = [str(self._tokenizer.id_to_token(n)) for n in ids]
+        if self._pairs is not None:
+            token_of = {id: token for token, id in self._pairs.vocab.items()}
+            tokens = [token_of[n] for n in ids]
+        else:
+            tokens = [str(self._tokenizer.id_to_token(n)) for n in ids]
         words = "".join(tokens).split("</w>")
         return " ".join(bytes(byte_of[c] for c in word).decode("utf-8", "replace") for word in words).strip()
 

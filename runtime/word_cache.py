@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from array import array
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
-SPLIT = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""How CLIP cuts a cleaned text into pieces. open_clip compiles it with IGNORECASE, under which U+017F (long s) equals s: hence the two classes.
+from runtime.byte_pairs import pieces
 
-What is a letter or a number depends on the version of Unicode that a matcher was made for: the Rust side's and open_clip's disagree about
-characters that only the newer of the two knows, and about no others (a test looks at all).
-"""
 WORDS = 65_536
 """Words remembered at most."""
 UNITS = 4_000_000
 """Characters of these words and bytes of their ids, together, at most."""
 
-_SPLIT_ASCII = re.compile(SPLIT.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"))
 _LONGEST = 4096
 
 
 class WordCache(dict[str, bytes]):
-    """Cleaned word -> its ids, as the bytes of native int32 values; `cache[word]` asks the Rust model for what is new.
+    """Cleaned word -> its ids, as the bytes of native int32 values; `cache[word]` spells what is new.
 
     A word is what stands between two spaces of a cleaned text. No token reaches over a space, because no alternative of `SPLIT`
     matches one, and none looks at what stands before it: the ids of a text are those of its words, one after the other, whatever
@@ -36,24 +29,23 @@ class WordCache(dict[str, bytes]):
     Threads may share one: every step on the dictionary is atomic, and two threads that miss the same word store equal bytes.
     """
 
-    def __init__(self, model: Any, specials: Mapping[str, int], alphabet: Mapping[int, str], words: int = WORDS, units: int = UNITS) -> None:
-        """`model` is the Rust BPE model, `alphabet` how it writes a byte, `specials` the pieces that have an id of their own."""
-        from tokenizers import Regex, pre_tokenizers
-
+    def __init__(
+        self, spell: Callable[[str], list[int]], specials: Mapping[str, int], alphabet: Mapping[int, str], words: int = WORDS, units: int = UNITS
+    ) -> None:
+        """`spell` gives the ids of a piece in CLIP's alphabet, `alphabet` is how that writes a byte, `specials` the pieces that have an id of their own."""
         super().__init__()
         self.words, self.units = words, units
         self._held = 0
-        self._model = model
+        self._ids = spell
         self._specials = specials
         self._alphabet = alphabet
-        self._split = pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True)
 
     def __missing__(self, word: str) -> bytes:
         if word.isalpha() and word.isascii():
             ids = self._spell(word)
         else:
-            pieces = self._pieces(word)
-            ids = self._spell_piece(word) if pieces == [word] else b"".join(map(self.__getitem__, pieces))
+            parts = pieces(word)
+            ids = self._spell_piece(word) if parts == [word] else b"".join(map(self.__getitem__, parts))
         if len(word) <= _LONGEST:
             if len(self) >= self.words or self._held >= self.units:
                 self.clear()
@@ -61,9 +53,6 @@ class WordCache(dict[str, bytes]):
             self._held += len(word) + len(ids)
             self[word] = ids
         return ids
-
-    def _pieces(self, word: str) -> list[str]:
-        return _SPLIT_ASCII.findall(word) if word.isascii() else [piece for piece, _ in self._split.pre_tokenize_str(word)]
 
     def _spell_piece(self, piece: str) -> bytes:
         # open_clip gives a text that spells a special token the special's id, so do we.
@@ -74,4 +63,4 @@ class WordCache(dict[str, bytes]):
 
     def _spell(self, written: str) -> bytes:
         """Of one piece in CLIP's alphabet of bytes, where ASCII letters stand for themselves."""
-        return array("i", [token.id for token in self._model.tokenize(written)]).tobytes()
+        return array("i", self._ids(written)).tobytes()
