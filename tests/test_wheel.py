@@ -15,7 +15,7 @@ import pytest
 from tests.runtime import toy
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_BYTES = 235_000_000
+MOST_BYTES = 190_000_000
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
