@@ -19,6 +19,7 @@ from runtime.text_lengths import by_length, token_counts
 DIMENSION = "tokens_in_row"
 CLOSE = 1e-4
 """Largest difference of a value of an embedding between a row cut short and the whole one, for graphs that round nothing."""
+MASKED = ("Add", "Mul", "Where", "Attention", "Less", "LessOrEqual", "Greater", "GreaterOrEqual")
 SHAPED = ("Reshape", "Expand", "Concat", "ConstantOfShape")
 
 
@@ -35,7 +36,7 @@ def free_length(model: onnx.ModelProto) -> onnx.ModelProto | None:
     nodes = [helper.make_node("Shape", [graph.input[0].name], ["row_length"], name="row_length", start=1, end=2)]
     for item in [item for item in graph.initializer if length in item.dims]:
         users = [node for node in graph.node if item.name in node.input]
-        if not users or any(node.op_type not in ("Add", "Mul") for node in users):
+        if not users or any(node.op_type not in MASKED for node in users):
             continue
         axes = [axis for axis, size in enumerate(item.dims) if size == length]
         cut, names = f"{item.name}_cut", [f"{item.name}_{kind}" for kind in ("starts", "ends", "axes")]

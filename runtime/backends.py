@@ -131,35 +131,12 @@ class LiteRtTower:
             return np.array(self._interpreter.get_tensor(self._out["index"]), np.float32)
 
 
-class CoreMlTower:
-    """A Core ML package through coremltools' `predict`, on a Mac. Not run on hardware by this project."""
-
-    def __init__(self, path: Path, threads: int | None, input: str, output: str, precision: str = "fp32") -> None:
-        import coremltools
-
-        try:
-            self._model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit.ALL)
-        except Exception as error:  # the framework's errors arrive as whatever the bridge makes of them
-            raise BundleError(f"{path} is not a package that Core ML opens ({_first_line(error)})") from error
-        self._input, self._output, self._lock, self._path = input, output, threading.Lock(), path
-        self.facts: dict[str, Any] = {"runtime": f"Core ML, coremltools {coremltools.__version__}", "provider": "all compute units", "threads": None}
-
-    def run(self, inputs: np.ndarray) -> np.ndarray:
-        """(B, …), B the batch of the package -> float32 (B, embed_dim). Raises DeviceError when the run fails."""
-        with self._lock:
-            try:
-                return np.asarray(self._model.predict({self._input: inputs})[self._output], np.float32)
-            except Exception as error:
-                raise DeviceError(f"{self._path.name} failed on an input of {inputs.dtype} {inputs.shape} ({_first_line(error)})") from error
-
-
 BACKENDS: dict[str, Callable[..., Tower]] = {
     "onnx": OnnxTower,
     "openvino": OpenVinoTower,
     "litert": LiteRtTower,
-    "coreml": CoreMlTower,
 }
-NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai_edge_litert", "coreml": "coremltools"}
+NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai_edge_litert"}
 """Target to the module that runs it."""
 
 
@@ -167,8 +144,6 @@ def missing(target: str) -> str | None:
     """Why a target does not run here; None when it does. Looks for packages, and imports none."""
     if target not in BACKENDS:
         return f"target {target} does not run in this SDK"
-    if target == "coreml" and sys.platform != "darwin":
-        return "target coreml runs on a Mac"
     if importlib.util.find_spec(NEEDS[target]) is None:
         return f"target {target} needs the package '{NEEDS[target]}', which is not installed"
     return None

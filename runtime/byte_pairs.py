@@ -33,12 +33,12 @@ class BytePairs:
 
     Attributes:
         vocab: token, in CLIP's alphabet of bytes, to id.
-        ranks: pair of tokens to its place among the merges.
+        ranks: pair of tokens, a space between them, to its place among the merges.
         start, end: ids of the two special tokens.
     """
 
     vocab: dict[str, int]
-    ranks: dict[tuple[str, str], int]
+    ranks: dict[str, int]
     start: int
     end: int
 
@@ -49,23 +49,24 @@ class BytePairs:
         ranks, count = self.ranks, len(tokens)
         after = list(range(1, count + 1))
         before = list(range(-1, count - 1))
-        waiting = [(ranks[pair], place) for place, pair in enumerate(zip(tokens, tokens[1:], strict=False)) if pair in ranks]  # type: ignore[index, comparison-overlap]
+        pairs = (f"{left} {right}" for left, right in zip(tokens, tokens[1:], strict=False))
+        waiting = [(ranks[pair], place) for place, pair in enumerate(pairs) if pair in ranks]
         heapq.heapify(waiting)
         while waiting:
             rank, place = heapq.heappop(waiting)
             following = after[place]
-            if following >= count or ranks.get((tokens[place], tokens[following])) != rank:  # type: ignore[arg-type]
+            if following >= count or ranks.get(f"{tokens[place]} {tokens[following]}") != rank:
                 continue  # one of the two has been joined to something else since
             joined = f"{tokens[place]}{tokens[following]}"
             tokens[place], tokens[following] = joined, None
             after[place] = after[following]
             if after[place] < count:
                 before[after[place]] = place
-                found = ranks.get((joined, tokens[after[place]]))  # type: ignore[arg-type]
+                found = ranks.get(f"{joined} {tokens[after[place]]}")
                 if found is not None:
                     heapq.heappush(waiting, (found, place))
             if before[place] >= 0:
-                found = ranks.get((tokens[before[place]], joined))  # type: ignore[arg-type]
+                found = ranks.get(f"{tokens[before[place]]} {joined}")
                 if found is not None:
                     heapq.heappush(waiting, (found, before[place]))
         return [self.vocab[token] for token in tokens if token is not None]
@@ -91,7 +92,7 @@ def read_byte_pairs(data: bytes) -> BytePairs | None:
         ids = {token["content"]: token["id"] for token in added}
         if set(ids) != {SOT, EOT} or len(added) != 2 or any(vocab.get(name) != id for name, id in ids.items()):
             return None
-        merges: list[Any] = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
         found = BytePairs(vocab=vocab, ranks={pair: rank for rank, pair in enumerate(merges)}, start=ids[SOT], end=ids[EOT])
         return found if _sound(found) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -121,7 +122,7 @@ def _sound(found: BytePairs) -> bool:
     letters = byte_alphabet().values()
     return (
         all(letter in found.vocab and letter + END in found.vocab for letter in letters)
-        and all(len(pair) == 2 and pair[0] + pair[1] in found.vocab for pair in found.ranks)
+        and all(pair.count(" ") == 1 and pair.replace(" ", "") in found.vocab for pair in found.ranks)
         and set(found.vocab.values()) == set(range(len(found.vocab)))
     )
 

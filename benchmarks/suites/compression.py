@@ -65,7 +65,7 @@ class CompressionConfig:
     """Points of recall@1 that the search may lose."""
     prune_latency: float = 0.5
     """Share of its time that the demo's student is pruned to."""
-    samples: int = 250_000
+    samples: int = 400_000
     """Of its recovery, and of the training of the same form from random weights."""
     four_bit_steps: int = 150
     parts: tuple[str, ...] = PARTS
