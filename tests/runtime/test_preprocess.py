@@ -229,3 +229,55 @@ def test_too_many_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_senseless_settings(change: dict) -> None:
     with pytest.raises(CheckpointError):
         PreprocessConfig(**{"image_size": 32, **change})
+
+
+def wave(width: int, height: int) -> Image.Image:
+    """A smooth picture: what a fraction of its size keeps."""
+    y, x = np.mgrid[0:height, 0:width] / 97.0
+    return Image.fromarray(np.stack([127 + 100 * np.sin(x), 127 + 100 * np.cos(y), 127 + 100 * np.sin(x + y)], axis=-1).astype(np.uint8))
+
+
+def encoded(picture: Image.Image, form: str = "JPEG", **settings: object) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, form, **settings)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((3000, 2000), (750, 500)), ((2000, 3000), (500, 750)), ((880, 600), (880, 600)), ((1024, 1024), (512, 512)), ((890, 890), (890, 890))]
+)
+def test_a_large_jpeg_keeps_at_least_what_is_asked_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    data = encoded(wave(*size), quality=95)
+    assert load_image(data, 448).size == expected
+    assert load_image(data).size == size
+    assert load_image(encoded(wave(*size), "PNG"), 448).size == size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_decoding_at_a_fraction_changes_little(mode: str) -> None:
+    config = PreprocessConfig(image_size=96, interpolation="bicubic")
+    data = encoded(wave(1600, 1200).convert(mode), quality=95)
+    whole, part = preprocess([data], config, reduced=False), preprocess([data], config)
+    assert load_image(data, 192).size == (400, 300)
+    assert 0 < np.abs(whole - part).mean() < 0.01
+
+
+def test_the_turn_of_a_photograph_survives_the_fraction() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(wave(1600, 800), exif=exif.tobytes())
+    assert load_image(data).size == (800, 1600)
+    assert load_image(data, 100).size == (100, 200)
+    config = PreprocessConfig(image_size=50)
+    assert np.abs(preprocess([data], config) - preprocess([data], config, reduced=False)).mean() < 0.02
+
+
+def test_threads_give_the_same_in_the_same_order() -> None:
+    config = PreprocessConfig(image_size=32)
+    pictures = [encoded(wave(40 + 3 * n, 64 + n), "PNG") for n in range(17)]
+    alone = preprocess(pictures, config)
+    for threads in (2, 5, 64, None):
+        np.testing.assert_array_equal(preprocess(pictures, config, threads=threads), alone)
+    with pytest.raises(ImageError, match="does not decode"):
+        preprocess([*pictures, b"none", *pictures], config, threads=4)
+    assert preprocess([], config, threads=4).shape == (0, 3, 32, 32)
