@@ -15,7 +15,7 @@ from runtime.choice import NOTHING, Findings, candidates, choose
 from runtime.errors import BundleError, DeviceError
 from runtime.machine import Notes, try_out
 from runtime.manifest import TOWERS, Artefact, Manifest, read_manifest
-from runtime.preprocess import as_list, is_one, preprocess
+from runtime.preprocess import OVERSAMPLING, as_list, is_one, preprocess
 from runtime.query_cache import QueryCache
 from runtime.text_lengths import by_length
 from runtime.tokenizer import Tokenizer
@@ -30,7 +30,14 @@ MEASURE = "MOBILECLIP_MEASURE"
 """Environment variable; "0": artefacts are not tried out on this machine, the manifest's figures decide, and nothing is remembered."""
 
 
-def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str | Mapping[str, str] | None = None, *, measure: bool | None = None) -> Clip:
+def load(
+    bundle: str | os.PathLike[str],
+    threads: int | None = None,
+    prefer: str | Mapping[str, str] | None = None,
+    *,
+    measure: bool | None = None,
+    oversampling: float = OVERSAMPLING,
+) -> Clip:
     """Open a bundle with the best proven artefact of each tower for this machine.
 
     What is best is found out when a tower is first used: artefacts are run on the bundle's golden inputs, those that compute something else here are left out
@@ -42,6 +49,8 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str
         threads: threads of one run; None = every processor that this process may use.
         prefer: a precision ("fp32"), a target ("openvino") or an artefact's id, for both towers or as {"image": …, "text": …}.
         measure: False: nothing is tried out here or remembered, the manifest's own figures decide. None = True, unless the variable MOBILECLIP_MEASURE is "0".
+        oversampling: large JPEG files are decoded at a fraction of their size that leaves so many times the pixels that are needed. 4 keeps the embedding to
+            1e-4 in cosine; 2 is quicker; infinity decodes all of it.
 
     Raises:
         BundleError: damaged, or nothing in it that is proven and runs here.
@@ -51,7 +60,7 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, prefer: str
         from runtime.bundle_zip import folder_of  # zipfile takes its time to import
 
         folder = folder_of(folder)
-    return Clip(folder, threads=threads, prefer=prefer, measure=measure)
+    return Clip(folder, threads=threads, prefer=prefer, measure=measure, oversampling=oversampling)
 
 
 class Clip:
@@ -64,7 +73,11 @@ class Clip:
         calibration: of scores, once it was read (`runtime.matching.read_calibration`).
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, prefer: str | Mapping[str, str] | None = None, measure: bool | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, threads: int | None = None, prefer: str | Mapping[str, str] | None = None, measure: bool | None = None, oversampling: float = OVERSAMPLING
+    ) -> None:
+        if not oversampling >= 1:
+            raise BundleError(f"oversampling is {oversampling}, expected at least 1")
         if threads is not None and threads < 1:
             raise BundleError(f"threads is {threads}, expected at least 1")
         self.folder = folder
@@ -73,7 +86,7 @@ class Clip:
         self.queries = QueryCache()
         self.calibration: Calibration | None = None
         self._tokenizer: Tokenizer | None = None
-        self._threads = threads
+        self._threads, self._oversampling = threads, oversampling
         self._measure = os.environ.get(MEASURE) != "0" if measure is None else measure
         self._notes = Notes(folder, kept=self._measure)
         self._prefer = {tower: prefer if isinstance(prefer, str) or prefer is None else prefer.get(tower) for tower in TOWERS}
@@ -125,7 +138,7 @@ class Clip:
         """
         sources = as_list(images)
         slices = [sources[n : n + _IMAGE_BATCH] for n in range(0, len(sources), _IMAGE_BATCH)]
-        parts = [self.encode_pixels(preprocess(part, self.preprocess_config, threads=self._threads)) for part in slices]
+        parts = [self.encode_pixels(preprocess(part, self.preprocess_config, threads=self._threads, oversampling=self._oversampling)) for part in slices]
         return np.concatenate(parts) if parts else np.zeros((0, self.embed_dim), np.float32)
 
     def encode_text(self, texts: Sequence[str] | str) -> np.ndarray:

@@ -7,9 +7,9 @@ evaluation transform where `crop_pct` is below 1. Decisions:
 * A file (path or encoded bytes) is turned upright by its EXIF orientation, as the pairs reader does, so that a phone's
   photograph looks the same in training and on the device. A PIL picture is taken as it is, as open_clip takes it: who
   opens files himself and wants them upright applies `PIL.ImageOps.exif_transpose`.
-* A large JPEG file is decoded at a half, a quarter or an eighth of its size, as long as that leaves `OVERSAMPLING` times the pixels that the resize asks
-  for: what is left out would be averaged away. The embedding moves by less than 1e-4 in cosine (`make bench-runtime` prints it). A PIL picture, and with
-  `reduced=False` a file, is taken whole.
+* A large JPEG file is decoded at a half, a quarter or an eighth of its size, as long as that leaves `oversampling` times the pixels that the resize asks
+  for: what is left out would be averaged away. At four the embedding moves by less than 1e-4 in cosine, at two by more, and decoding is quicker
+  (`make bench-runtime` prints both). A PIL picture is taken whole, and so is a file at infinity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("bilinear", "bicubic")
 # A resized picture may have this many pixels before its crop: more comes only from absurd aspect ratios.
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
-OVERSAMPLING = 2
+OVERSAMPLING = 4.0
 
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
 
@@ -164,13 +164,13 @@ def normalise(pixels: np.ndarray, config: PreprocessConfig, out: np.ndarray | No
     return planes
 
 
-def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessConfig, *, threads: int | None = 1, reduced: bool = True) -> np.ndarray:
+def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessConfig, *, threads: int | None = 1, oversampling: float = OVERSAMPLING) -> np.ndarray:
     """Pictures -> float32 (B, 3, image_size, image_size), ready for the image tower.
 
     Args:
         images: a list of paths, PIL pictures or uint8 (H, W, 3) arrays, or one of them. An empty list gives B = 0.
         threads: that decode and resize side by side; None = every processor that this process may use.
-        reduced: large JPEG files may be decoded at a fraction of their size.
+        oversampling: large JPEG files may be decoded at a fraction of their size that leaves so many times the pixels that are needed; infinity: never.
 
     Raises:
         ImageError: one of them does not decode; the message names it.
@@ -178,7 +178,7 @@ def preprocess(images: Sequence[ImageSource] | ImageSource, config: PreprocessCo
     size = config.image_size
     sources = as_list(images)
     pixels = np.empty((len(sources), size, size, 3), np.uint8)
-    least = OVERSAMPLING * math.floor(size / config.crop_pct) if reduced else None
+    least = math.ceil(oversampling * math.floor(size / config.crop_pct)) if math.isfinite(oversampling) else None
 
     def fill(n: int) -> None:
         pixels[n] = np.asarray(resize_and_crop(load_image(sources[n], least), config))

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from distill.sample_emoji import MARGINS, SPLITS, background_of, read_sources
+from distill.sample_render import Job, draw, svg_of
 from export.any_length import freed
 from export.int8_recipe import Int8Recipe, make_int8
 from export.to_onnx import OnnxEncoder, export_onnx, serialize
@@ -58,6 +60,23 @@ def jpeg(picture: Image.Image, quality: int) -> bytes:
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=quality, subsampling=2)
     return data.getvalue()
+
+
+def large_drawings(count: int) -> list[bytes]:
+    """Drawings of the sample's test style as JPEGs of 12 megapixels, on plain ground, spread over its concepts."""
+    sources = read_sources()
+    style, width, height = SPLITS["test"][0], *SIZE
+    drawings = sources.drawings[style]
+    names = list(drawings.names.items())
+    files = []
+    for n in range(count):
+        key, name = names[n * len(names) // count]
+        ground = background_of(key)
+        square = draw(Job(key=key, svg=svg_of(drawings.icons, name, MARGINS[style]), background=ground, size=height))
+        canvas = Image.new("RGB", SIZE, ground)
+        canvas.paste(Image.open(io.BytesIO(square)), ((width - height) // 2, 0))
+        files.append(jpeg(canvas, 90))
+    return files
 
 
 def settled(config: ModelConfig, seed: int = 0) -> ImageTextModel:

@@ -257,8 +257,8 @@ def test_a_large_jpeg_keeps_at_least_what_is_asked_for(size: tuple[int, int], ex
 def test_decoding_at_a_fraction_changes_little(mode: str) -> None:
     config = PreprocessConfig(image_size=96, interpolation="bicubic")
     data = encoded(wave(1600, 1200).convert(mode), quality=95)
-    whole, part = preprocess([data], config, reduced=False), preprocess([data], config)
-    assert load_image(data, 192).size == (400, 300)
+    whole, part = preprocess([data], config, oversampling=float("inf")), preprocess([data], config)
+    assert load_image(data, 4 * 96).size == (800, 600)
     assert 0 < np.abs(whole - part).mean() < 0.01
 
 
@@ -269,7 +269,7 @@ def test_the_turn_of_a_photograph_survives_the_fraction() -> None:
     assert load_image(data).size == (800, 1600)
     assert load_image(data, 100).size == (100, 200)
     config = PreprocessConfig(image_size=50)
-    assert np.abs(preprocess([data], config) - preprocess([data], config, reduced=False)).mean() < 0.02
+    assert np.abs(preprocess([data], config) - preprocess([data], config, oversampling=float("inf"))).mean() < 0.02
 
 
 def test_threads_give_the_same_in_the_same_order() -> None:
