@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -40,6 +40,9 @@ bench-adaptation: $(STAMP)
 
 bench-compress: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.compression --run out/demo --out out/bench-compress
+
+bench-runtime: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.runtime --run out/demo --out out/bench-runtime
 
 bench-training: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.training --run out/demo --out out/bench-training
