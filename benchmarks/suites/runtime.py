@@ -30,7 +30,7 @@ from PIL import Image
 import runtime
 import runtime.machine
 from benchmarks.suites.demo import Layout
-from benchmarks.suites.runtime_inputs import SIZE, TEXTS, jpeg, large_drawings, photo, random_bundle
+from benchmarks.suites.runtime_inputs import SIZE, jpeg, large_drawings, photo, random_bundle
 from benchmarks.suites.stages import StageError
 from export.latency_gate import interleaved, processor, ratio
 from mobileclip.config import ModelConfig, TextConfig
