@@ -263,7 +263,7 @@ def test_parity_failure_leaves_the_old_bundle(settings, pocket_bundle, monkeypat
 @pytest.fixture
 def trained(monkeypatch, pocket_bundle):
     """The pocket graphs, not made again, under a gate that takes the checkpoint for trained."""
-    monkeypatch.setattr(export.to_onnx, "export_onnx", lambda encoder, example, **options: onnx.load(pocket_bundle / f"onnx/{encoder.kind}.fp32.onnx"))
+    monkeypatch.setattr(export.to_onnx, "export_onnx", lambda encoder, example, **options: onnx.load(pocket_bundle / f"tensorrt/{encoder.kind}.fp32.onnx"))
     monkeypatch.setattr(export.artefacts, "at_chance", lambda reference: None)
 
 
