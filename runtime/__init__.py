@@ -22,6 +22,7 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "ClassTable": "classes",
     "open_pairs": "pairs",
+    "Index": "index",
     **dict.fromkeys(
         (
             "ClipError",
@@ -34,6 +35,7 @@ _HOME = {
             "RecipeError",
             "TrainingError",
             "SampleError",
+            "SearchError",
             "DeviceError",
             "MissingExtraError",
         ),

@@ -10,6 +10,7 @@
     ├── RecipeError               a recipe or setting is unknown or contradicts another one
     ├── TrainingError             training cannot go on (diverged, or its data changed under it)
     ├── SampleError               a sample data set cannot be fetched, checked or drawn
+    ├── SearchError               a photo index is missing, damaged, held by another process or of another model; or a query is empty
     ├── DeviceError               a device cannot be reached or measured
     └── MissingExtraError         an optional dependency is not installed; the message names the extra
 
@@ -61,6 +62,10 @@ class SampleError(ClipError):
 
 class DeviceError(ClipError):
     """A device cannot be reached or measured."""
+
+
+class SearchError(ClipError):
+    """A photo index cannot be used, or not in this way."""
 
 
 class MissingExtraError(ClipError):

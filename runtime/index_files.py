@@ -1,0 +1,243 @@
+"""The rows of a photo index: which file has which content, which content has which vector. SQLite in WAL mode.
+
+Every row carries a checksum of its own, compared when the row is read: SQLite itself would not notice a changed byte in a path.
+Format: docs/index.md (normative).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import SearchError
+
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value BLOB NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE segments(id INTEGER PRIMARY KEY AUTOINCREMENT, rows INTEGER NOT NULL, files TEXT NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE contents(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, segment INTEGER NOT NULL, row INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE UNIQUE INDEX contents_place ON contents(segment, row);
+CREATE TABLE files(path BLOB PRIMARY KEY, bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, seen_ns INTEGER NOT NULL, taken TEXT NOT NULL,
+                   exif INTEGER NOT NULL, content INTEGER, reason TEXT, final INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX files_content ON files(content);
+"""
+_COLUMNS = "path, bytes, mtime_ns, seen_ns, taken, exif, content, reason, final, crc"
+_LOOKUP = 500  # variables of one statement
+
+
+def row_crc(*values: Any) -> int:
+    """CRC-32 of a row: its values as bytes (numbers decimal, NULL empty, texts UTF-8), each followed by 0x1F."""
+    parts = [value if isinstance(value, bytes) else b"" if value is None else str(value).encode("utf-8", "surrogateescape") for value in values]
+    return zlib.crc32(b"".join(part + b"\x1f" for part in parts))
+
+
+class Files:
+    """An open `index.sqlite`. Methods may be called from any thread."""
+
+    def __init__(self, path: Path, *, create: bool = False, write: bool = False) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        with self._said():
+            if create:
+                self.db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
+                self.db.execute("PRAGMA journal_mode=WAL")
+            else:
+                self.db = self._open(write)
+            self.db.execute("PRAGMA synchronous=NORMAL")
+            if create:
+                self.db.executescript(f"BEGIN;{_TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
+            schema = self.db.execute("PRAGMA user_version").fetchone()[0]
+        if schema != SCHEMA:
+            self.close()
+            raise SearchError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; upgrade, or make the index again with 'mclip index'")
+
+    def _open(self, write: bool) -> sqlite3.Connection:
+        """Read and write where the folder allows it (WAL readers keep a shared file there); from a read-only medium as an immutable file."""
+        uri = self.path.resolve().as_uri()
+        may_write = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+        if write and not may_write:
+            raise SearchError(f"{self.path} cannot be written; check its permissions, or make an index elsewhere with --out")
+        return sqlite3.connect(uri + ("?mode=rw" if may_write else "?mode=ro&immutable=1"), uri=True, check_same_thread=False, isolation_level=None, timeout=30)
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """SQLite's errors as one sentence."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error) or "busy" in str(error):
+                    raise SearchError(f"{self.path} is being written by another process that does not let go ({error}); try again when it is done") from error
+                raise SearchError(f"{self.path} cannot be used ({error}); check the disk, or make the index again with 'mclip index'") from error
+            except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
+                raise damaged(self.path, str(error)) from error
+
+    @contextmanager
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing."""
+        with self._said():
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.db
+                self.db.execute("COMMIT")
+            finally:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read inside belongs to one moment, whatever other processes write meanwhile."""
+        with self._said():
+            self.db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if self.db.in_transaction:
+                    self.db.execute("COMMIT")
+
+    def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a query."""
+        with self._said():
+            return self.db.execute(statement, values).fetchall()
+
+    def version(self) -> int:
+        """A number that changes when another connection has written."""
+        return int(self.rows("PRAGMA data_version")[0][0])
+
+    def close(self) -> None:
+        """Close the connection; the last one to close leaves a single file."""
+        with self._lock:
+            self.db.close()
+
+    # ------------------------------------------------------------ settings
+
+    def meta(self, key: str) -> Any:
+        """A setting, or None."""
+        found = self.rows("SELECT value, crc FROM meta WHERE key=?", (key,))
+        if not found:
+            return None
+        value, crc = found[0]
+        if row_crc(key, value) != crc:
+            raise damaged(self.path, f"the setting '{key}' does not match its checksum")
+        return value if key.startswith("blob.") else json.loads(value)
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Keep a setting: JSON, or bytes where the key starts with "blob."."""
+        data = value if key.startswith("blob.") else json.dumps(value, sort_keys=True).encode()
+        with self.change() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES(?,?,?)", (key, data, row_crc(key, data)))
+
+    # ------------------------------------------------------------ segments and contents
+
+    def segments(self) -> dict[int, tuple[int, dict[str, dict[str, Any]]]]:
+        """Segment number -> (rows, facts of its files by kind)."""
+        found = {}
+        for number, rows, files, crc in self.rows("SELECT id, rows, files, crc FROM segments ORDER BY id"):
+            if row_crc(number, rows, files) != crc:
+                raise damaged(self.path, f"the entry of segment {number} does not match its checksum")
+            found[number] = (rows, json.loads(files))
+        return found
+
+    def next_segment(self) -> int:
+        """The number of the next segment: never one that was used before."""
+        found = self.rows("SELECT seq FROM sqlite_sequence WHERE name='segments'")
+        return (found[0][0] if found else 0) + 1
+
+    def known(self) -> set[bytes]:
+        """Hashes of all contents that have a vector."""
+        return {row[0] for row in self.rows("SELECT hash FROM contents")}
+
+    def places(self, numbers: Sequence[int]) -> dict[int, list[int]]:
+        """Rows by segment of those of `numbers` (contents) that some file still has."""
+        found: dict[int, list[int]] = {}
+        for segment, row in self._many("SELECT DISTINCT segment, row FROM contents JOIN files ON files.content = contents.id WHERE contents.id IN ", numbers):
+            found.setdefault(segment, []).append(row)
+        return found
+
+    def at(self, segment: int, rows: Sequence[int]) -> dict[int, int]:
+        """Row -> content, of one segment."""
+        found = {}
+        for number, hash, row, crc in self._many("SELECT id, hash, row, crc FROM contents WHERE segment=? AND row IN ", rows, (segment,)):
+            if row_crc(number, hash, segment, row) != crc:
+                raise damaged(self.path, f"content {number} does not match its checksum")
+            found[row] = number
+        return found
+
+    # ------------------------------------------------------------ files
+
+    def files_of(self, contents: Sequence[int], where: str = "", values: Sequence[Any] = ()) -> dict[int, list[tuple[bytes, str]]]:
+        """Content -> [(path, taken)] of its files in order of path; `where` narrows the files (a condition from `condition`)."""
+        found: dict[int, list[tuple[bytes, str]]] = {}
+        narrowed = f" AND {where}" if where else ""
+        for row in self._many(f"SELECT {_COLUMNS} FROM files WHERE content IN ", contents, values, narrowed):
+            self._check_file(row)
+            found.setdefault(row[6], []).append((row[0], row[4]))
+        return {number: sorted(paths) for number, paths in found.items()}
+
+    def check_files(self, paths: Sequence[bytes]) -> None:
+        """Compare rows with their checksums. Raises SearchError."""
+        for row in self._many(f"SELECT {_COLUMNS} FROM files WHERE path IN ", paths):
+            self._check_file(row)
+
+    def _check_file(self, row: tuple[Any, ...]) -> None:
+        if row_crc(*row[:-1]) != row[-1]:
+            raise damaged(self.path, f"the entry of {os.fsdecode(row[0])!r} does not match its checksum")
+
+    def below(self, root: bytes) -> dict[bytes, tuple[int, int, int, int | None, int]]:
+        """Path -> (bytes, mtime_ns, seen_ns, content, final) of the files at or below a folder."""
+        where, values = condition(folder=root)
+        return {row[0]: row[1:] for row in self.rows(f"SELECT path, bytes, mtime_ns, seen_ns, content, final FROM files WHERE {where}", values)}
+
+    def _many(self, statement: str, values: Sequence[Any], fixed: Sequence[Any] = (), after: str = "") -> Iterator[tuple[Any, ...]]:
+        before, later = ((), fixed) if after else (fixed, ())
+        for start in range(0, len(values), _LOOKUP):
+            part = values[start : start + _LOOKUP]
+            yield from self.rows(f"{statement}({','.join('?' * len(part))}){after}", (*before, *part, *later))
+
+
+def put_file(db: sqlite3.Connection, values: Iterable[Any]) -> None:
+    """Write a row of `files`: path, bytes, mtime_ns, seen_ns, taken, exif, content, reason, final."""
+    row = tuple(values)
+    db.execute("INSERT OR REPLACE INTO files VALUES(?,?,?,?,?,?,?,?,?,?)", (*row, row_crc(*row)))
+
+
+def put_content(db: sqlite3.Connection, hash: bytes, segment: int, row: int, number: int | None = None) -> int:
+    """Write a row of `contents`; number: an existing one whose vector has moved. Returns the number."""
+    if number is None:
+        number = (db.execute("SELECT max(id) FROM contents").fetchone()[0] or 0) + 1
+    db.execute("INSERT OR REPLACE INTO contents VALUES(?,?,?,?,?)", (number, hash, segment, row, row_crc(number, hash, segment, row)))
+    return int(number)
+
+
+def put_segment(db: sqlite3.Connection, number: int, rows: int, files: dict[str, dict[str, Any]]) -> None:
+    """Write a row of `segments`."""
+    text = json.dumps(files, sort_keys=True)
+    db.execute("INSERT OR REPLACE INTO segments VALUES(?,?,?,?)", (number, rows, text, row_crc(number, rows, text)))
+
+
+def condition(folder: bytes | None = None, since: str | None = None, until: str | None = None) -> tuple[str, list[Any]]:
+    """SQL condition on `files` and its values: at or below a folder, taken from the first moment on and before the second."""
+    parts, values = [], []
+    if folder is not None:
+        inside = folder.rstrip(b"/") + b"/"
+        parts.append("(path = ? OR (path >= ? AND path < ?))")
+        values += [folder, inside, inside[:-1] + b"0"]  # "0" follows "/"
+    if since is not None:
+        parts.append("taken >= ?")
+        values.append(since)
+    if until is not None:
+        parts.append("taken < ?")
+        values.append(until)
+    return " AND ".join(parts), values
+
+
+def damaged(path: Path, what: str) -> SearchError:
+    """The error of everything that a changed byte can cause."""
+    return SearchError(f"{path} is damaged ({what}); nothing of it is used: remove the index and make it again with 'mclip index', the pictures themselves are not touched")
