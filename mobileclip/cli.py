@@ -29,7 +29,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "embed": ("runtime.shell:embed", "embeddings of pictures and texts"),
     "classify": ("runtime.shell:classify", "probabilities of labels for a picture"),
     "classes": ("runtime.shell_classes:classes", "put a table of classes into a bundle, on wish without the text tower"),
+    "index": ("runtime.shell_index:index", "bring a photo index up to date with folders of pictures"),
     "search": ("runtime.shell:search", "find pictures by text"),
+    "adapt": ("runtime.shell_index:adapt", "let a new model's queries search what an old model embedded"),
     "bench": ("benchmarks.latency:main", "measure a bundle on this device"),
     "report": ("benchmarks.report:main", "turn results into one HTML page"),
 }

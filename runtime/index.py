@@ -207,6 +207,23 @@ class Index:
 
         return add(self, [os.fsencode(os.path.abspath(path)) for path in paths], progress=progress, threads=threads, batch=batch)
 
+    def add_vectors(self, paths: Sequence[str | os.PathLike[str]], vectors: np.ndarray, taken: str = "1970-01-01T00:00:00") -> None:
+        """Add pictures that were embedded elsewhere by the index's model, float32 (n, width), unit norm; call `settle` after the last.
+
+        Raises:
+            SearchError: shapes that do not fit, values that are not finite, or another process writes.
+        """
+        from runtime.index_adding import add_vectors
+
+        add_vectors(self, [os.fsencode(os.path.abspath(path)) for path in paths], vectors, taken)
+
+    def settle(self) -> None:
+        """Merge small segments and make lists for large ones, as `add` does at its end."""
+        from runtime.index_adding import settle, writing
+
+        with writing(self):
+            settle(self)
+
     def remove(self, path: str | os.PathLike[str]) -> int:
         """Forget all files at or below a path; the pictures themselves are not touched. Returns how many."""
         from runtime.index_adding import remove
@@ -231,7 +248,8 @@ class Index:
         Args:
             text, image: what to look for. With both, the score is (1 - weight) times the text's plus weight times the picture's cosine.
             folder: only pictures at or below it.
-            since, until: only pictures taken from a moment on, and before one: "2024", "2024-05-31", "2024-05-31T18:00:00", in local time.
+            since, until: only pictures taken from the begin of one date to the end of another: "2024", "2024-05", "2024-05-31" or
+                "2024-05-31T18:00", local time.
 
         Raises:
             SearchError: nothing to look for, or the index is damaged.
@@ -279,7 +297,7 @@ class Index:
     def _hits(self, best: list[tuple[float, int, int]], k: int, where: str, values: Sequence[Any]) -> list[Hit]:
         """The first k of ranked rows that belong to files (which pass the filter)."""
         hits: list[Hit] = []
-        for start in range(0, len(best), step := 2 * k + 6):
+        for start in range(0, len(best), step := k + 2):
             part = best[start : start + step]
             contents: dict[tuple[int, int], int] = {}
             for segment in {entry[1] for entry in part}:

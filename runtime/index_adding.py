@@ -7,6 +7,7 @@ step, and the next run goes on from there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from runtime.errors import SearchError
 from runtime.index_coding import Coding, binary_frame
 from runtime.index_files import condition, put_content, put_file, put_segment
 from runtime.index_models import identity, said, same_model
-from runtime.index_scan import Found, Picture, read_picture, walk
+from runtime.index_scan import HASH_BYTES, Found, Picture, read_picture, walk
 from runtime.index_segments import remove_strangers
 from runtime.index_vectors import LISTS_FROM, to_merge
 
@@ -135,7 +136,7 @@ class _Adding:
 
     def run(self, roots: Sequence[bytes], threads: int, batch: int) -> Report:
         started = time.monotonic()
-        remove_strangers(self.index.vectors.folder, self._named())
+        remove_strangers(self.index.vectors.folder, named(self.index))
         todo, missing = self._look(roots)
         try:
             self._read(todo, threads, batch, started)
@@ -146,9 +147,6 @@ class _Adding:
         settle(self.index)
         self.report.seconds = time.monotonic() - started
         return self.report
-
-    def _named(self) -> set[str]:
-        return {f"{number:06d}.{kind}" for number, (_, files) in self.index.files.segments().items() for kind in files}
 
     def _look(self, roots: Sequence[bytes]) -> tuple[list[Found], list[bytes]]:
         """Files to read, and paths that the index knows and the folders do not show."""
@@ -328,6 +326,36 @@ def _replace(index: Index, chosen: Sequence[int]) -> None:
     for old in chosen:
         for kind in table[old][1]:
             index.vectors.path(old, kind).unlink(missing_ok=True)
+
+
+def add_vectors(index: Index, paths: Sequence[bytes], vectors: np.ndarray, taken: str) -> None:
+    """One segment of vectors that were made elsewhere; the bytes of a vector stand for the content of its file."""
+    if vectors.shape != (len(paths), index.settings["width"]) or not np.isfinite(vectors).all():
+        raise SearchError(f"vectors have shape {vectors.shape}, expected ({len(paths)}, {index.settings['width']}), all finite")
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    with writing(index):
+        remove_strangers(index.vectors.folder, named(index))
+        hashes = [hashlib.sha256(row).digest()[:HASH_BYTES] for row in vectors]
+        known = index.files.known()
+        first = {digest: row for row, digest in reversed(list(enumerate(hashes))) if digest not in known}
+        rows = sorted(first.values())
+        now = time.time_ns()
+        if rows:
+            number, facts = new_segment(index, vectors[rows])
+        with index.files.change() as db:
+            if rows:
+                put_segment(db, number, len(rows), facts)
+                for place, row in enumerate(rows):
+                    put_content(db, hashes[row], number, place)
+            for path, digest in zip(paths, hashes, strict=True):
+                content = db.execute("SELECT id FROM contents WHERE hash=?", (digest,)).fetchone()[0]
+                put_file(db, (path, 0, 0, now, taken, 0, content, None, 0))
+        index.refresh(force=True)
+
+
+def named(index: Index) -> set[str]:
+    """Names of all files that the table of segments knows."""
+    return {f"{number:06d}.{kind}" for number, (_, files) in index.files.segments().items() for kind in files}
 
 
 def remove(index: Index, path: bytes) -> int:

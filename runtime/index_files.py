@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import threading
 import zlib
@@ -34,8 +35,8 @@ _LOOKUP = 500  # variables of one statement
 
 def row_crc(*values: Any) -> int:
     """CRC-32 of a row: its values as bytes (numbers decimal, NULL empty, texts UTF-8), each followed by 0x1F."""
-    parts = [value if isinstance(value, bytes) else b"" if value is None else str(value).encode("utf-8", "surrogateescape") for value in values]
-    return zlib.crc32(b"".join(part + b"\x1f" for part in parts))
+    parts = [value if type(value) is bytes else b"" if value is None else b"%d" % value if type(value) is int else value.encode("utf-8", "surrogateescape") for value in values]
+    return zlib.crc32(b"\x1f".join(parts) + b"\x1f")
 
 
 class Files:
@@ -223,8 +224,15 @@ def put_segment(db: sqlite3.Connection, number: int, rows: int, files: dict[str,
 
 
 def condition(folder: bytes | None = None, since: str | None = None, until: str | None = None) -> tuple[str, list[Any]]:
-    """SQL condition on `files` and its values: at or below a folder, taken from the first moment on and before the second."""
-    parts, values = [], []
+    """SQL condition on `files` and its values: at or below a folder, taken from the begin of one date to the end of another.
+
+    Dates are "YYYY", "YYYY-MM", "YYYY-MM-DD" or with "THH:MM" or "THH:MM:SS". Raises SearchError for others.
+    """
+    for date in (since, until):
+        if date is not None and not re.fullmatch(r"\d{4}(-\d\d(-\d\d(T\d\d:\d\d(:\d\d)?)?)?)?", date):
+            raise SearchError(f"'{date}' is no date; expected for example 2024, 2024-05, 2024-05-31 or 2024-05-31T18:00")
+    parts: list[str] = []
+    values: list[Any] = []
     if folder is not None:
         inside = folder.rstrip(b"/") + b"/"
         parts.append("(path = ? OR (path >= ? AND path < ?))")
@@ -234,7 +242,7 @@ def condition(folder: bytes | None = None, since: str | None = None, until: str 
         values.append(since)
     if until is not None:
         parts.append("taken < ?")
-        values.append(until)
+        values.append(until + "~")  # after every moment that begins like this
     return " AND ".join(parts), values
 
 

@@ -46,7 +46,7 @@ def write_tensors(path: Path, header: dict[str, Any], parts: Iterable[np.ndarray
         with part.open("wb") as file:
             file.write(head)
             for data in parts:
-                piece = memoryview(np.ascontiguousarray(data)).cast("B") if data.size else b""
+                piece = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
                 file.write(piece)
                 digest.update(piece)
                 size += len(piece)

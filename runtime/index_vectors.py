@@ -39,7 +39,7 @@ class Segment:
             rows, rough = lists.candidates(query, want)
         else:
             rough = self.main.scores(_prefix(self.main.coding, query))
-            rows = _top(rough, max(4 * want, 100) if self.full else want)
+            rows = _top(rough, max(_rescored(self.main.coding, self.full.coding) * want, 100) if self.full else want)
             rough = rough[rows]
         if self.full is not None or lists is not None:
             rough = self.exact(rows, query)
@@ -54,6 +54,13 @@ class Segment:
     def vectors(self, start: int, stop: int) -> np.ndarray:
         """Rows decoded as precisely as they are stored, float32 (m, dims)."""
         return (self.full or self.main).vectors(start, stop)
+
+
+def _rescored(rough: Coding, exact: Coding) -> int:
+    """How many rows are scored again for each one wanted: more where the first scores are rougher."""
+    if rough.dtype == "binary":
+        return 32 * max(1, 512 // rough.dims)
+    return 4 if rough.dims == exact.dims else 16
 
 
 def _prefix(coding: Coding, query: np.ndarray) -> np.ndarray:

@@ -92,11 +92,20 @@ def classify(argv: list[str]) -> int:
 
 def search(argv: list[str]) -> int:
     """`mclip search`: the pictures that fit a text best."""
-    parser = _parser("search", "Find pictures by text, in a folder of pictures or a pairs folder.")
-    parser.add_argument("query", metavar="QUERY")
-    parser.add_argument("--images", default=DEFAULT_IMAGES, metavar="DIR|PAIRS", help=f"what to search (default {DEFAULT_IMAGES})")
+    parser = _parser("search", "Find pictures by text: in an index that 'mclip index' made, or straight in a folder of pictures or a pairs folder.")
+    parser.add_argument("query", nargs="?", metavar="QUERY")
+    parser.add_argument("--images", default=DEFAULT_IMAGES, metavar="DIR|PAIRS", help=f"what to search without an index (default {DEFAULT_IMAGES})")
     parser.add_argument("-k", type=_positive, default=10, metavar="N", help="how many to show (default 10)")
+    add_index_options(parser)
     args = parser.parse_args(argv)
+    if args.index is not None:
+        from runtime.shell_index import search_index
+
+        return search_index(args, parser)
+    if args.query is None:
+        parser.error("without --index a QUERY is needed")
+    if any(getattr(args, name) not in (None, False) for name in INDEX_ONLY):
+        parser.error(f"{', '.join('--' + name.replace('_', '-') for name in INDEX_ONLY)} need --index")
     clip = _load(args)
     query = clip.encode_text([args.query])[0]
     embeddings, entries, skipped = _embed_all(clip, Path(args.images))
@@ -120,6 +129,25 @@ def search(argv: list[str]) -> int:
         _write(f"{row['score']:7.4f}  {row.get('path') or row['key']}" + (f"  {row['caption']}" if row.get("caption") else ""))
     _say_skipped(skipped)
     return 0
+
+
+INDEX_ONLY = ("image", "weight", "folder", "since", "until", "adapter", "same_space", "duplicates", "html", "open")
+
+
+def add_index_options(parser: argparse.ArgumentParser) -> None:
+    """What `mclip search` knows beyond words when it has an index."""
+    group = parser.add_argument_group("with an index")
+    group.add_argument("--index", metavar="INDEX", help="search this index")
+    group.add_argument("--image", metavar="PICTURE", help="search by a picture, alone or beside QUERY")
+    group.add_argument("--weight", type=_unit, metavar="SHARE", help="of the picture beside QUERY (default 0.5)")
+    group.add_argument("--folder", metavar="DIR", help="only pictures below this folder")
+    group.add_argument("--since", metavar="DATE", help="only pictures taken at this date or later, e.g. 2024 or 2024-05-31")
+    group.add_argument("--until", metavar="DATE", help="only pictures taken before the end of this date")
+    group.add_argument("--adapter", metavar="FILE", help="what 'mclip adapt' made for this bundle and the index's model")
+    group.add_argument("--same-space", action="store_true", help="this bundle embeds into the same space as the index's model (a student and its teacher)")
+    group.add_argument("--duplicates", nargs="?", type=_unit, const=0.95, metavar="COSINE", help="list groups of near-duplicates instead (default 0.95)")
+    group.add_argument("--html", metavar="FILE", help="also write the results as a page with pictures")
+    group.add_argument("--open", action="store_true", help="write that page (without --html to a temporary file) and show it in a browser")
 
 
 def _embed_all(clip: Clip, source: Path) -> tuple[np.ndarray, list[dict[str, Any]], list[dict[str, str]]]:
@@ -231,6 +259,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is no share of the rows; expected more than 0, at most 1")
+    return value
+
+
+def _unit(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
 
 
