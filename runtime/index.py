@@ -299,13 +299,13 @@ class Index:
         hits: list[Hit] = []
         for start in range(0, len(best), step := k + 2):
             part = best[start : start + step]
-            contents: dict[tuple[int, int], int] = {}
+            contents: dict[tuple[int, int], tuple[int, int]] = {}
             for segment in {entry[1] for entry in part}:
                 numbers = self.files.at(segment, [row for _, number, row in part if number == segment])
                 contents.update({(segment, row): content for row, content in numbers.items()})
-            files = self.files.files_of(list(contents.values()), where, values)
+            files = self.files.files_of(dict(contents.values()), where, values)
             for score, segment, row in part:
-                paths = files.get(contents.get((segment, row), -1), [])
+                paths = files.get(contents[segment, row][0], [])
                 if paths and len(hits) < k:
                     hits.append(Hit(os.fsdecode(paths[0][0]), score, paths[0][1], tuple(os.fsdecode(path) for path, _ in paths[1:])))
             if len(hits) == k:
@@ -314,7 +314,7 @@ class Index:
 
     def _filtered(self, query: np.ndarray, k: int, where: str, values: Sequence[Any]) -> list[Hit]:
         """Compare every row that passes the filter."""
-        statement = f"SELECT DISTINCT segment, row FROM contents JOIN files ON files.content = contents.id WHERE {where} ORDER BY segment, row"
+        statement = f"SELECT DISTINCT segment, row FROM files JOIN contents ON contents.id = files.content WHERE {where} ORDER BY segment, row"
         allowed: dict[int, list[int]] = {}
         for number, row in self.files.rows(statement, values):
             allowed.setdefault(number, []).append(row)

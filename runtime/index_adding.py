@@ -21,7 +21,7 @@ import numpy as np
 from runtime.backends import available_threads
 from runtime.errors import SearchError
 from runtime.index_coding import Coding, binary_frame
-from runtime.index_files import condition, put_content, put_file, put_segment
+from runtime.index_files import condition, damaged, put_content, put_file, put_segment
 from runtime.index_models import identity, said, same_model
 from runtime.index_scan import HASH_BYTES, Found, Picture, read_picture, walk
 from runtime.index_segments import remove_strangers
@@ -292,8 +292,7 @@ def merge(index: Index) -> None:
 def settle(index: Index) -> None:
     """Leave the index as searching likes it: few segments, little dead, lists on the large ones."""
     merge(index)
-    counted = "SELECT segment, count(*) FROM contents WHERE id IN (SELECT content FROM files WHERE content IS NOT NULL) GROUP BY segment"
-    live = dict(index.files.rows(counted))
+    live = dict(index.files.rows("SELECT segment, count(*) FROM contents WHERE files > 0 GROUP BY segment"))
     for number, (rows, _) in index.files.segments().items():
         if live.get(number, 0) < 0.75 * rows:
             _replace(index, [number])
@@ -309,16 +308,18 @@ def _replace(index: Index, chosen: Sequence[int]) -> None:
     """Copy the live rows of these segments into a new one, switch over in one transaction, remove the old files."""
     files = index.files
     marks = ",".join("?" * len(chosen))
-    live = "id IN (SELECT content FROM files WHERE content IS NOT NULL)"
-    rows = files.rows(f"SELECT segment, row, id, hash FROM contents WHERE segment IN ({marks}) AND {live} ORDER BY segment, row", chosen)
+    every = files.rows(f"SELECT segment, row, id, hash, files FROM contents WHERE segment IN ({marks}) ORDER BY segment, row", chosen)
     table = files.segments()
+    if len(every) != sum(table[old][0] for old in chosen):
+        raise damaged(files.path, f"{len(every)} contents for segments {', '.join(map(str, chosen))}")
+    rows = [row for row in every if row[4]]
     number = files.next_segment()
-    taken = [(old, np.array([row for segment, row, _, _ in rows if segment == old], np.int64)) for old in sorted(chosen)]
+    taken = [(old, np.array([row[1] for row in rows if row[0] == old], np.int64)) for old in sorted(chosen)]
     facts = index.vectors.merge(number, [(old, part) for old, part in taken if len(part)]) if rows else {}
     with files.change() as db:
         db.execute(f"DELETE FROM contents WHERE segment IN ({marks})", chosen)
-        for place, (_, _, content, digest) in enumerate(rows):
-            put_content(db, digest, number, place, content)
+        for place, (_, _, content, digest, count) in enumerate(rows):
+            put_content(db, digest, number, place, content, count)
         db.execute(f"DELETE FROM segments WHERE id IN ({marks})", chosen)
         if rows:
             put_segment(db, number, len(rows), facts)

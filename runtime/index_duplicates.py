@@ -24,8 +24,8 @@ def duplicates(index: Index, threshold: float, progress: Callable[[int, int], No
     if not 0 < threshold <= 1:
         raise SearchError(f"the threshold is {threshold}, expected a cosine above 0 and at most 1, e.g. 0.95")
     index.refresh()
-    statement = "SELECT segment, row, id FROM contents WHERE id IN (SELECT content FROM files WHERE content IS NOT NULL) ORDER BY segment, row"
-    live = index.files.rows(statement)
+    rows = index.files.rows("SELECT segment, row, id, files FROM contents WHERE files > 0 ORDER BY segment, row")
+    live, counts = [row[:3] for row in rows], {row[2]: row[3] for row in rows}
     labels = np.arange(len(live))
     step = progress or (lambda done, total: None)
     for place, others in _all_pairs(index, live, threshold, step) if len(live) <= EXACT_TO else _near_pairs(index, live, threshold, step):
@@ -35,11 +35,10 @@ def duplicates(index: Index, threshold: float, progress: Callable[[int, int], No
     groups: dict[int, list[int]] = {}
     for (_, _, content), label in zip(live, labels.tolist(), strict=True):
         groups.setdefault(label, []).append(content)
-    copied = {row[0] for row in index.files.rows("SELECT content FROM files WHERE content IS NOT NULL GROUP BY content HAVING count(*) > 1")}
     found = []
     for contents in groups.values():
-        if len(contents) > 1 or contents[0] in copied:
-            files = index.files.files_of(contents)
+        if len(contents) > 1 or counts[contents[0]] > 1:
+            files = index.files.files_of({content: counts[content] for content in contents})
             found.append(sorted(os.fsdecode(path) for paths in files.values() for path, _ in paths))
     return sorted(found, key=lambda group: (-len(group), group))
 

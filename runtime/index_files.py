@@ -23,11 +23,14 @@ SCHEMA = 1
 _TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value BLOB NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE segments(id INTEGER PRIMARY KEY AUTOINCREMENT, rows INTEGER NOT NULL, files TEXT NOT NULL, crc INTEGER NOT NULL);
-CREATE TABLE contents(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, segment INTEGER NOT NULL, row INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE contents(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, segment INTEGER NOT NULL, row INTEGER NOT NULL, crc INTEGER NOT NULL,
+                      files INTEGER NOT NULL);
 CREATE UNIQUE INDEX contents_place ON contents(segment, row);
 CREATE TABLE files(path BLOB PRIMARY KEY, bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, seen_ns INTEGER NOT NULL, taken TEXT NOT NULL,
                    exif INTEGER NOT NULL, content INTEGER, reason TEXT, final INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX files_content ON files(content);
+CREATE TRIGGER file_comes AFTER INSERT ON files WHEN new.content IS NOT NULL BEGIN UPDATE contents SET files = files + 1 WHERE id = new.content; END;
+CREATE TRIGGER file_goes AFTER DELETE ON files WHEN old.content IS NOT NULL BEGIN UPDATE contents SET files = files - 1 WHERE id = old.content; END;
 """
 _COLUMNS = "path, bytes, mtime_ns, seen_ns, taken, exif, content, reason, final, crc"
 _LOOKUP = 500  # variables of one statement
@@ -52,6 +55,7 @@ class Files:
             else:
                 self.db = self._open(write)
             self.db.execute("PRAGMA synchronous=NORMAL")
+            self.db.execute("PRAGMA recursive_triggers=ON")  # a replaced row counts as one that goes and one that comes
             if create:
                 self.db.executescript(f"BEGIN;{_TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
             schema = self.db.execute("PRAGMA user_version").fetchone()[0]
@@ -155,40 +159,44 @@ class Files:
         """Hashes of all contents that have a vector."""
         return {row[0] for row in self.rows("SELECT hash FROM contents")}
 
-    def places(self, numbers: Sequence[int]) -> dict[int, list[int]]:
-        """Rows by segment of those of `numbers` (contents) that some file still has."""
-        found: dict[int, list[int]] = {}
-        for segment, row in self._many("SELECT DISTINCT segment, row FROM contents JOIN files ON files.content = contents.id WHERE contents.id IN ", numbers):
-            found.setdefault(segment, []).append(row)
-        return found
-
-    def at(self, segment: int, rows: Sequence[int]) -> dict[int, int]:
-        """Row -> content, of one segment."""
+    def at(self, segment: int, rows: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Row -> (content, files that have it), of one segment; every row has one."""
         found = {}
-        for number, hash, row, crc in self._many("SELECT id, hash, row, crc FROM contents WHERE segment=? AND row IN ", rows, (segment,)):
+        for number, hash, row, crc, files in self._many("SELECT id, hash, row, crc, files FROM contents WHERE segment=? AND row IN ", rows, (segment,)):
             if row_crc(number, hash, segment, row) != crc:
                 raise damaged(self.path, f"content {number} does not match its checksum")
-            found[row] = number
+            found[row] = (number, files)
+        if len(found) != len(set(rows)):
+            raise damaged(self.path, f"{len(set(rows)) - len(found)} rows of segment {segment} have no content")
         return found
 
     # ------------------------------------------------------------ files
 
-    def files_of(self, contents: Sequence[int], where: str = "", values: Sequence[Any] = ()) -> dict[int, list[tuple[bytes, str]]]:
-        """Content -> [(path, taken)] of its files in order of path; `where` narrows the files (a condition from `condition`)."""
+    def files_of(self, contents: dict[int, int], where: str = "", values: Sequence[Any] = ()) -> dict[int, list[tuple[bytes, str]]]:
+        """Content -> [(path, taken)] of its files in order of path.
+
+        Args:
+            contents: numbers, with how many files each must have.
+            where, values: narrow the files (from `condition`).
+        """
         found: dict[int, list[tuple[bytes, str]]] = {}
-        narrowed = f" AND {where}" if where else ""
-        for row in self._many(f"SELECT {_COLUMNS} FROM files WHERE content IN ", contents, values, narrowed):
-            self._check_file(row)
-            found.setdefault(row[6], []).append((row[0], row[4]))
+        seen = dict.fromkeys(contents, 0)
+        for *row, crc, passes in self._many(f"SELECT {_COLUMNS}, {where or 1} FROM files WHERE content IN ", list(contents), values):
+            self._check_file(row, crc)
+            seen[row[6]] += 1
+            if passes:
+                found.setdefault(row[6], []).append((row[0], row[4]))
+        if seen != contents:
+            raise damaged(self.path, "files are missing in it")
         return {number: sorted(paths) for number, paths in found.items()}
 
     def check_files(self, paths: Sequence[bytes]) -> None:
         """Compare rows with their checksums. Raises SearchError."""
-        for row in self._many(f"SELECT {_COLUMNS} FROM files WHERE path IN ", paths):
-            self._check_file(row)
+        for *row, crc in self._many(f"SELECT {_COLUMNS} FROM files WHERE path IN ", paths):
+            self._check_file(row, crc)
 
-    def _check_file(self, row: tuple[Any, ...]) -> None:
-        if row_crc(*row[:-1]) != row[-1]:
+    def _check_file(self, row: Sequence[Any], crc: int) -> None:
+        if row_crc(*row) != crc:
             raise damaged(self.path, f"the entry of {os.fsdecode(row[0])!r} does not match its checksum")
 
     def below(self, root: bytes) -> dict[bytes, tuple[int, int, int, int | None, int]]:
@@ -196,11 +204,10 @@ class Files:
         where, values = condition(folder=root)
         return {row[0]: row[1:] for row in self.rows(f"SELECT path, bytes, mtime_ns, seen_ns, content, final FROM files WHERE {where}", values)}
 
-    def _many(self, statement: str, values: Sequence[Any], fixed: Sequence[Any] = (), after: str = "") -> Iterator[tuple[Any, ...]]:
-        before, later = ((), fixed) if after else (fixed, ())
+    def _many(self, statement: str, values: Sequence[Any], before: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         for start in range(0, len(values), _LOOKUP):
             part = values[start : start + _LOOKUP]
-            yield from self.rows(f"{statement}({','.join('?' * len(part))}){after}", (*before, *part, *later))
+            yield from self.rows(f"{statement}({','.join('?' * len(part))})", (*before, *part))
 
 
 def put_file(db: sqlite3.Connection, values: Iterable[Any]) -> None:
@@ -209,11 +216,11 @@ def put_file(db: sqlite3.Connection, values: Iterable[Any]) -> None:
     db.execute("INSERT OR REPLACE INTO files VALUES(?,?,?,?,?,?,?,?,?,?)", (*row, row_crc(*row)))
 
 
-def put_content(db: sqlite3.Connection, hash: bytes, segment: int, row: int, number: int | None = None) -> int:
-    """Write a row of `contents`; number: an existing one whose vector has moved. Returns the number."""
+def put_content(db: sqlite3.Connection, hash: bytes, segment: int, row: int, number: int | None = None, files: int = 0) -> int:
+    """Write a row of `contents`; number: an existing one whose vector has moved, with the files that it has. Returns the number."""
     if number is None:
         number = (db.execute("SELECT max(id) FROM contents").fetchone()[0] or 0) + 1
-    db.execute("INSERT OR REPLACE INTO contents VALUES(?,?,?,?,?)", (number, hash, segment, row, row_crc(number, hash, segment, row)))
+    db.execute("INSERT OR REPLACE INTO contents VALUES(?,?,?,?,?,?)", (number, hash, segment, row, row_crc(number, hash, segment, row), files))
     return int(number)
 
 

@@ -1,9 +1,9 @@
-"""How a large segment is searched in a small part of it: lists of rows around centroids, one bit a dimension of what is left, exact vectors last.
+"""How a large segment is searched in a small part of it: lists of rows around centroids, two bits a dimension of what is left, exact vectors last.
 
 1. The centroids nearest to the query choose the lists. How many is found out: as many as may still hold one of the best rows.
-2. In these lists the bits of every row are compared with the query's bits (Hamming distance, popcount), and the best thousand go on.
-3. They are compared with the query itself, quantised to BIT_PLANES bits a dimension; the best of them are what `candidates` returns,
-   and the segment scores those by its stored vectors.
+2. In these lists the first bit of every row's dimensions, the sign, is compared with the query's (Hamming distance, popcount).
+3. The best thousand are compared by both bits, which stand for four even levels, with the query itself in BIT_PLANES bits a dimension.
+   The best of them are what `candidates` returns, and the segment scores those by its stored vectors.
 
 Shapes: n = rows, L = lists, D = dimensions, W = 64-bit words of a code. Format: docs/index.md (normative).
 """
@@ -24,15 +24,17 @@ from runtime.index_segments import BLOCK, read_head, write_tensors
 
 BIT_PLANES = 4
 KMEANS_ROUNDS, SAMPLE_PER_LIST = 8, 64
-FIRST_SHARE = 0.033
+FIRST_SHARE = 0.028
 """Share of the rows that every query looks at."""
-KEPT, SCORED = 100, 18
+KEPT, SCORED = 100, 6
 """Rows that go on to step 3, and to the stored vectors, for each row wanted and FIRST_SHARE looked at."""
 TOWARDS_QUERY = 1.5
 """Rows spread wider towards queries, which come from where pictures are, than in a random direction."""
 MISSED = 0.02
 """Lists are added until the rows expected among the best in all others are fewer than this share of those wanted."""
-_FLOATS, _ARRAYS = ("centroids", "spreads", "rotation"), ("offsets", "checks", "codes", "scales", "rows")
+LEVEL = 0.9957
+"""Step between the four levels, in standard deviations of what they stand for: the least squared error for a bell."""
+_FLOATS, _ROWED = ("centroids", "spreads", "rotation"), ("signs", "levels", "scales", "level_scales", "rows")
 _CODES = {"F32": "<f4", "U8": "u1", "U32": "<u4", "U64": "<u8"}
 
 
@@ -44,7 +46,7 @@ class Lists:
         start, header = read_head(path, facts)
         self._data = np.memmap(path, np.uint8, "r")
         try:
-            self._arrays = {name: self._view(start, **header[name]) for name in (*_FLOATS, *_ARRAYS)}
+            self._arrays = {name: self._view(start, **header[name]) for name in (*_FLOATS, "offsets", "checks", *_ROWED)}
             sums = json.loads(header["__metadata__"]["crc32"])
         except (KeyError, ValueError, TypeError) as error:
             raise damaged(path, f"its header lacks something: {error}") from error
@@ -88,13 +90,14 @@ class Lists:
         if expected.sum() <= MISSED * want:
             return rows, scores
         added = rest[ranked[: int(np.searchsorted(-missed, -MISSED * want)) + 1]]
-        share = sizes[added].sum() / max(reached[first - 1], 1)
-        more = self._look(added, near, turned, int(KEPT * rough * (1 + share)), int(SCORED * rough * (1 + share)))
+        # Such a query comes from elsewhere than the pictures do (it is a text, say): the first bits alone tell less about it.
+        share = 2 * (1 + sizes[added].sum() / max(reached[first - 1], 1))
+        more = self._look(added, near, turned, int(KEPT * rough * share), int(SCORED * rough * share))
         return np.concatenate([rows, more[0]]), np.concatenate([scores, more[1]])
 
     def _look(self, lists: np.ndarray, near: np.ndarray, turned: np.ndarray, kept: int, scored: int) -> tuple[np.ndarray, np.ndarray]:
         """Steps 2 and 3 in some lists."""
-        codes, scales, offsets = self._arrays["codes"], self._arrays["scales"], self._offsets
+        codes, scales, offsets = self._arrays["signs"], self._arrays["scales"], self._offsets
         signs = _packed(turned >= 0)
         starts, stops = offsets[lists], offsets[lists + 1]
         sizes = stops - starts
@@ -118,27 +121,16 @@ class Lists:
         places = np.argpartition(estimate, len(estimate) - kept)[-kept:] if kept < len(estimate) else np.arange(len(estimate))
         own = np.searchsorted(ends, places, side="right")
         places = places + (stops - ends)[own]
-        estimate = near[lists][own] + scales[places] * self._inner(codes[places], turned)
+        inner = 2 * _inner(codes[places], turned) + _inner(self._arrays["levels"][places], turned) - 1.5 * turned.sum()
+        estimate = near[lists][own] + self._arrays["level_scales"][places] * inner
         if scored < len(places):
             best = np.argpartition(estimate, len(places) - scored)[-scored:]
             places, estimate = places[best], estimate[best]
         return self._arrays["rows"][places].astype(np.int64), estimate
 
-    @staticmethod
-    def _inner(codes: np.ndarray, turned: np.ndarray) -> np.ndarray:
-        """Inner products of signs (n, W) with a query, which is quantised to BIT_PLANES bits a dimension."""
-        low, high = float(turned.min()), float(turned.max())
-        step = max((high - low) / (2**BIT_PLANES - 1), 1e-12)
-        levels = np.rint((turned - low) / step).astype(np.uint8)
-        ones = _row_sums(np.bitwise_count(codes))
-        sums = np.zeros(len(codes), np.float32)
-        for plane in range(BIT_PLANES):
-            sums += 2.0**plane * _row_sums(np.bitwise_count(codes & _packed((levels >> plane) & 1)))
-        return np.asarray(2 * (low * ones + step * sums) - (low * len(turned) + step * levels.sum(dtype=np.int64)), np.float32)
-
     def _check(self, number: int) -> None:
         start, stop = self._offsets[number], self._offsets[number + 1]
-        if _list_crc(*(self._arrays[name][start:stop] for name in ("codes", "scales", "rows"))) != self._arrays["checks"][number]:
+        if _list_crc(self._arrays, start, stop) != self._arrays["checks"][number]:
             raise damaged(self.path, f"list {number} does not match its checksum")
         self._checked[number] = True
 
@@ -159,8 +151,22 @@ def _row_sums(counts: np.ndarray) -> np.ndarray:
     return counts.sum(axis=1, dtype=np.float32)
 
 
-def _list_crc(codes: np.ndarray, scales: np.ndarray, rows: np.ndarray) -> int:
-    return zlib.crc32(rows.tobytes(), zlib.crc32(scales.tobytes(), zlib.crc32(codes.tobytes())))
+def _inner(bits: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """Sum of the query's values where a row has a bit, (n, W) -> (n,); the query is quantised to BIT_PLANES bits a dimension."""
+    low, high = float(turned.min()), float(turned.max())
+    step = max((high - low) / (2**BIT_PLANES - 1), 1e-12)
+    levels = np.rint((turned - low) / step).astype(np.uint8)
+    sums = _row_sums(np.bitwise_count(bits)) * np.float32(low / step)
+    for plane in range(BIT_PLANES):
+        sums += 2.0**plane * _row_sums(np.bitwise_count(bits & _packed((levels >> plane) & 1)))
+    return np.asarray(sums * np.float32(step))
+
+
+def _list_crc(arrays: dict[str, np.ndarray], start: int, stop: int) -> int:
+    found = 0
+    for name in _ROWED:
+        found = zlib.crc32(arrays[name][start:stop].tobytes(), found)
+    return found
 
 
 def write_lists(path: Path, n: int, vectors: Callable[[int, int], np.ndarray], seed: int = 0) -> dict[str, Any]:
@@ -172,37 +178,41 @@ def write_lists(path: Path, n: int, vectors: Callable[[int, int], np.ndarray], s
     centroids = _kmeans(sample, count, generator)
     dims = centroids.shape[1]
     rotation = np.linalg.qr(generator.normal(size=(dims, dims)))[0].astype(np.float32)
-    words = -(-dims // 64)
-    codes, scales, own, squares = np.zeros((n, words), "<u8"), np.empty(n, "<f4"), np.empty(n, np.int64), np.zeros(count)
+    own, squares = np.empty(n, np.int64), np.zeros(count)
+    coded = {name: np.zeros((n, -(-dims // 64)), "<u8") for name in ("signs", "levels")} | {name: np.empty(n, "<f4") for name in ("scales", "level_scales")}
     for start, stop in _blocks(n):
         part = vectors(start, stop)
         own[start:stop] = _nearest(part, centroids)
         rest = (part - centroids[own[start:stop]]) @ rotation.T
-        packed = np.packbits(rest >= 0, axis=1)
-        codes.view(np.uint8)[start:stop, : packed.shape[1]] = packed
         square = np.square(rest).sum(axis=1)
-        scales[start:stop] = square / np.maximum(np.abs(rest).sum(axis=1), 1e-12)
+        level = np.clip(np.floor(rest / (LEVEL * np.sqrt(square / dims + 1e-24))[:, None]), -2, 1) + 2
+        for name, bits in (("signs", rest >= 0), ("levels", level % 2 == 1)):
+            packed = np.packbits(bits, axis=1)
+            coded[name].view(np.uint8)[start:stop, : packed.shape[1]] = packed
+        # With these scales what is decoded has the true inner product with the row itself.
+        coded["scales"][start:stop] = square / np.maximum(np.abs(rest).sum(axis=1), 1e-12)
+        coded["level_scales"][start:stop] = square / np.maximum((rest * (level - 1.5)).sum(axis=1), 1e-12)
         np.add.at(squares, own[start:stop], square)
     order = np.argsort(own, kind="stable")
     sizes = np.bincount(own, minlength=count)
-    spreads = np.sqrt(squares / np.maximum(sizes, 1) / dims).astype("<f4")
-    return _write(path, {"centroids": centroids, "spreads": np.maximum(spreads, 1e-6), "rotation": rotation}, np.concatenate([[0], np.cumsum(sizes)]), codes, scales, order)
+    spreads = np.sqrt(squares / np.maximum(sizes, 1) / dims)
+    floats = {"centroids": centroids, "spreads": np.maximum(spreads, 1e-6), "rotation": rotation}
+    rowed = {**{name: value[order] for name, value in coded.items()}, "rows": order.astype("<u4")}
+    return _write(path, {name: value.astype("<f4") for name, value in floats.items()}, rowed, np.concatenate([[0], np.cumsum(sizes)]))
 
 
-def _write(path: Path, floats: dict[str, np.ndarray], offsets: np.ndarray, codes: np.ndarray, scales: np.ndarray, order: np.ndarray) -> dict[str, Any]:
-    arrays = {name: value.astype("<f4") for name, value in floats.items()} | {"offsets": offsets.astype("<u4")}
-    parts = {"codes": codes[order], "scales": scales[order], "rows": order.astype("<u4")}
-    spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-    arrays["checks"] = np.array([_list_crc(*(parts[name][start:stop] for name in ("codes", "scales", "rows"))) for start, stop in spans], "<u4")
-    sums = {name: zlib.crc32(arrays[name].tobytes()) for name in (*_FLOATS, "offsets", "checks")}
+def _write(path: Path, floats: dict[str, np.ndarray], rowed: dict[str, np.ndarray], offsets: np.ndarray) -> dict[str, Any]:
+    checks = np.array([_list_crc(rowed, start, stop) for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)], "<u4")
+    whole = {**floats, "offsets": offsets.astype("<u4"), "checks": checks}
+    sums = {name: zlib.crc32(value.tobytes()) for name, value in whole.items()}
     kinds = {np.dtype("<f4"): "F32", np.dtype("<u4"): "U32", np.dtype("<u8"): "U64"}
     header: dict[str, Any] = {"__metadata__": {"format": "mclip-index", "kind": "lists", "crc32": json.dumps(sums, sort_keys=True)}}
+    arrays = {**rowed, **whole}  # words of eight bytes first, so that all are aligned
     at = 0
-    laid = {"codes": parts.pop("codes"), **arrays, **parts}  # words of eight bytes first, so that all arrays are aligned
-    for name, value in laid.items():
+    for name, value in arrays.items():
         header[name] = {"dtype": kinds[value.dtype], "shape": list(value.shape), "data_offsets": [at, at + value.nbytes]}
         at += value.nbytes
-    return write_tensors(path, header, laid.values())
+    return write_tensors(path, header, arrays.values())
 
 
 def _blocks(n: int) -> Iterator[tuple[int, int]]:

@@ -68,7 +68,7 @@ def facts(index: Index) -> dict[str, Any]:
     return {
         "files": count[1],
         "unusable": count[2],
-        "pictures": index.files.rows("SELECT count(*) FROM contents")[0][0],
+        "pictures": index.files.rows("SELECT count(*) FROM contents WHERE files > 0")[0][0],
         "segments": len(table),
         "vector_bytes": sizes["vectors"],
         "list_bytes": sizes["lists"],
