@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ _BATCH = 64
 def adapt(
     old: Clip, new: Clip, *, texts: Sequence[str] = (), pairs: Pairs | None = None, check: Pairs | None = None, pictures: bool = False, seed: int = 0
 ) -> tuple[Adapter, dict[str, Any]]:
-    """Fit on texts, check on what was held out.
+    """Fit on texts alone or with pairs, check on what was held out.
 
     Args:
-        texts: to fit on, beside the captions of `pairs`.
+        texts: to fit on: the new model's text is led to the old model's.
+        pairs: to fit on: the new model's caption is led to between the old model's caption and picture.
         check: pairs to check with; None: a fifth of the captions of `pairs`; without any pairs, shortened texts among whole ones.
         pictures: fit a map for picture queries too, on the pictures of `pairs`.
 
@@ -48,20 +49,26 @@ def adapt(
         raise SearchError(f"both bundles hold checkpoint {sides['old']['checkpoint'][:12]}: one model needs no adapter")
     if pictures and pairs is None:
         raise SearchError("a map for picture queries is fitted on pictures; give --pairs")
-    captions = [] if pairs is None else [pairs.caption(n) for n in range(len(pairs)) if pairs.has_caption(n)]
-    every = list(dict.fromkeys(text.strip() for text in (*texts, *captions) if text.strip()))
-    inside = [text for text in every if check is not None or not held_out(text)]
-    new_text, old_text = new.encode_text(inside), old.encode_text(inside)
-    weight, bias, cosine = fit(new_text, old_text, seed)
+    every = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    inside = [text for text in every if check is not None or pairs is not None or not held_out(text)]
+    new_text, target = new.encode_text(inside), old.encode_text(inside)
+    facts: dict[str, Any] = {"texts": len(inside), "pairs": 0}
     most = (MOST_BYTES - 20_000) // (2 if pictures else 1)
-    found = tensors("text", weight, bias, most)
-    facts: dict[str, Any] = {"texts": len(inside), "text_cosine": cosine}
-    if pictures and pairs is not None:
-        rows = [n for n in range(len(pairs)) if check is not None or not pairs.has_caption(n) or not held_out(pairs.caption(n).strip())]
-        (new_image, old_image), kept = _pictures(pairs, rows, (new, old))
-        weight, bias, facts["picture_cosine"] = fit(new_image, old_image, seed)
-        facts["pictures"] = len(kept)
-        found |= tensors("image", weight, bias, most)
+    found: dict[str, np.ndarray] = {}
+    if pairs is not None:
+        rows = _captioned(pairs, lambda caption: check is not None or not held_out(caption))
+        sides_seen, kept = _pictures(pairs, rows, (old, new) if pictures else (old,))
+        captions = [pairs.caption(row).strip() for row in kept]
+        # Between the old model's text and its picture: that is where a query finds the picture best.
+        middle = old.encode_text(captions) + sides_seen[0]
+        new_text = np.concatenate([new_text, new.encode_text(captions)])
+        target = np.concatenate([target, middle / np.maximum(np.linalg.norm(middle, axis=1, keepdims=True), 1e-12)])
+        facts["pairs"] = len(kept)
+        if pictures:
+            weight, bias, facts["picture_cosine"] = fit(sides_seen[1], sides_seen[0], seed)
+            found |= tensors("image", weight, bias, most)
+    weight, bias, facts["text_cosine"] = fit(new_text, target, seed)
+    found |= tensors("text", weight, bias, most)
     adapter = Adapter(old=sides["old"], new=sides["new"], tensors=found)
     if check is not None or pairs is not None:
         facts |= _check_pairs(adapter, old, new, check or pairs, check is None, seed)  # type: ignore[arg-type]
@@ -76,10 +83,14 @@ def held_out(text: str) -> bool:
 
 
 def _check_pairs(adapter: Adapter, old: Clip, new: Clip, pairs: Pairs, only_held_out: bool, seed: int) -> dict[str, Any]:
-    rows = [n for n in range(len(pairs)) if pairs.has_caption(n) and pairs.caption(n).strip() and (not only_held_out or held_out(pairs.caption(n).strip()))]
+    rows = _captioned(pairs, lambda caption: not only_held_out or held_out(caption))
     (gallery,), kept = _pictures(pairs, rows, (old,))
     texts = [pairs.caption(n).strip() for n in kept]
     return _compared(adapter.text(new.encode_text(texts)), old.encode_text(texts), gallery, texts, seed) | {"checked_on": f"{len(kept)} pairs"}
+
+
+def _captioned(pairs: Pairs, wanted: Callable[[str], bool]) -> list[int]:
+    return [row for row in range(len(pairs)) if pairs.has_caption(row) and (caption := pairs.caption(row).strip()) and wanted(caption)]
 
 
 def _check_texts(adapter: Adapter, old: Clip, new: Clip, texts: Sequence[str], seed: int) -> dict[str, Any]:

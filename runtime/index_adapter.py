@@ -5,6 +5,7 @@ Shapes: n = texts or pictures, N = width of the new model's embeddings, O = of t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -102,12 +103,21 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter) -> int:
     from safetensors.numpy import save
 
     metadata = {"format": "mclip-adapter", **{name: json.dumps(getattr(adapter, name), sort_keys=True) for name in ("old", "new", "figures")}}
+    metadata["sha256"] = _digest(adapter.tensors, metadata)
     data = save({name: np.ascontiguousarray(value) for name, value in adapter.tensors.items()}, metadata=metadata)
     try:
         write_whole(path, data)
     except OSError as error:
         raise SearchError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
     return len(data)
+
+
+def _digest(found: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """sha256 of everything that an adapter says: identities and figures, then each tensor in order of name."""
+    digest = hashlib.sha256("".join(metadata[name] + "\n" for name in ("old", "new", "figures")).encode())
+    for name in sorted(found):
+        digest.update(f"{name} {found[name].dtype.str} {found[name].shape}\n".encode() + np.ascontiguousarray(found[name]).tobytes())
+    return digest.hexdigest()
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -122,6 +132,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if metadata.get("format") != "mclip-adapter":
             raise SearchError(f"{path} is no adapter; make one with 'mclip adapt OLD NEW --out {path}'")
+        if _digest(found, metadata) != metadata["sha256"]:
+            raise SearchError(f"{path} is damaged: it does not match its own hash; fetch it again, or fit it again with 'mclip adapt'")
         old, new, figures = (json.loads(metadata[name]) for name in ("old", "new", "figures"))
         adapter = Adapter(old=old, new=new, tensors=found, figures=figures)
         for kind in ("text", *(("image",) if "image.bias" in found else ())):

@@ -82,9 +82,9 @@ class Coding:
             return np.asarray(codes.view("<f2").astype(np.float32) @ query)
         if self.dtype == "int8":
             return np.asarray((codes.view(np.int8).astype(np.float32) @ query) * self._scales(records)[:, 0])
-        turned = self.rotation @ query  # type: ignore[operator]
+        turned = self.rotation @ query
         bits = np.unpackbits(codes, axis=1, count=self.dims).astype(np.float32) @ (2 * turned) - turned.sum()
-        return np.asarray(bits * self._scales(records)[:, 0] + self.centre @ query, np.float32)  # type: ignore[operator]
+        return np.asarray(bits * self._scales(records)[:, 0] + self.centre @ query, np.float32)
 
     def _scales(self, records: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(records[:, self.code_bytes : self.code_bytes + 2]).view("<f2").astype(np.float32)

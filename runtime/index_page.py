@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from runtime.errors import ImageError
+from runtime.index_text import shown
 from runtime.preprocess import load_image
 
 SIDE = 320
@@ -66,14 +67,6 @@ def file_url(path: str) -> str:
     """file:// URL of an absolute path, every odd byte escaped."""
     data = os.fsencode(path)
     return "file://" + quote_from_bytes(data if os.name != "nt" else b"/" + data.replace(b"\\", b"/"), safe="/:" if os.name == "nt" else "/")
-
-
-def shown(text: str) -> str:
-    """Text for people: bytes that are no text and control characters as \\xNN."""
-    return "".join(
-        f"\\x{ord(sign) - 0xDC00:02x}" if 0xDC80 <= ord(sign) <= 0xDCFF else sign if sign.isprintable() else sign.encode("unicode_escape", "backslashreplace").decode()
-        for sign in text
-    )
 
 
 def open_page(path: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from runtime.errors import SearchError
 from runtime.files import write_whole
 from runtime.index import Hit, Index
-from runtime.index_page import contact_sheet, open_page, shown
+from runtime.index_text import shown
 from runtime.shell import _load, _parser, _positive
 
 
@@ -126,6 +126,8 @@ def _page(args: argparse.Namespace, hits: list[Hit], title: str, note: str) -> s
     """Write the contact sheet where it is wanted; its path is said when no browser shows it."""
     if not (args.open or args.html):
         return None
+    from runtime.index_page import contact_sheet, open_page
+
     text = contact_sheet(title, note, [(hit.path, hit.score, hit.taken) for hit in hits])
     if args.html:
         path = Path(args.html)
@@ -162,7 +164,7 @@ def adapt(argv: list[str]) -> int:
     parser.add_argument("new", metavar="NEW", help="the bundle that is to ask")
     parser.add_argument("--out", required=True, metavar="FILE", help="the adapter, e.g. new-to-old.safetensors")
     parser.add_argument("--texts", nargs="+", default=[], type=Path, metavar="FILE", help="texts to fit on, one a line, or .jsonl")
-    parser.add_argument("--pairs", metavar="PAIRS", help="pairs folder whose captions to fit on")
+    parser.add_argument("--pairs", metavar="PAIRS", help="pairs folder to fit on: its captions, and its pictures as the old bundle sees them")
     parser.add_argument("--check", metavar="PAIRS", help="pairs folder to check with (default: a fifth of the captions of --pairs, held out)")
     parser.add_argument("--pictures", action="store_true", help="fit a map for picture queries too, on the pictures of --pairs")
     parser.add_argument("--prefer", metavar="ID|PRECISION", help="use this artefact or precision of both bundles")
@@ -185,7 +187,7 @@ def adapt(argv: list[str]) -> int:
     if args.json:
         _write_json({"out": args.out if facts["ok"] else None, "bytes": size, **facts})
         return 0 if facts["ok"] else 1
-    _write(f"fitted on {facts['texts']} texts, checked on {facts['checked_on']} (recall@1, @5, @10)")
+    _write(f"fitted on {facts['texts']} texts and {facts['pairs']} pairs, checked on {facts['checked_on']} (recall@1, @5, @10)")
     for name, label in (("new_on_old", "new queries, old gallery"), ("old_on_old", "old queries, old gallery")):
         _write(f"  {label}  " + "  ".join(f"{facts[name][f'recall{k}']:.3f}" for k in (1, 5, 10)))
     _write(f"  difference of recall@5 {facts['difference']:+.3f} [{facts['low']:+.3f}, {facts['high']:+.3f}]")
