@@ -79,15 +79,20 @@ class Coding:
         """Inner products of records with a query, float32 (D,) -> float32 (n,)."""
         codes = np.ascontiguousarray(records[:, : self.code_bytes])
         if self.dtype == "float16":
-            return np.asarray(codes.view("<f2").astype(np.float32) @ query)
+            return along(codes.view("<f2").astype(np.float32), query)
         if self.dtype == "int8":
-            return np.asarray((codes.view(np.int8).astype(np.float32) @ query) * self._scales(records)[:, 0])
-        turned = self.rotation @ query
-        bits = np.unpackbits(codes, axis=1, count=self.dims).astype(np.float32) @ (2 * turned) - turned.sum()
+            return along(codes.view(np.int8).astype(np.float32), query) * self._scales(records)[:, 0]
+        turned = along(np.asarray(self.rotation), query)
+        bits = along(np.unpackbits(codes, axis=1, count=self.dims).astype(np.float32), 2 * turned) - turned.sum()
         return np.asarray(bits * self._scales(records)[:, 0] + self.centre @ query, np.float32)
 
     def _scales(self, records: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(records[:, self.code_bytes : self.code_bytes + 2]).view("<f2").astype(np.float32)
+
+
+def along(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Inner products of float32 (n, D) with (D,). One query is no work for the threads of a BLAS: on a busy machine waking them takes longer than this."""
+    return np.asarray(np.einsum("ij,j->i", rows, query))
 
 
 def binary_frame(vectors: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
