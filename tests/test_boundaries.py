@@ -85,7 +85,7 @@ def test_help_imports_no_stage():
     assert not [name for name in loaded if name.split(".")[0] in {"distill", "export", "benchmarks", "numpy", "onnxruntime", "tyro"}]
 
 
-@pytest.mark.parametrize("verb", ["embed", "classify", "search", "verify", "inspect"])
+@pytest.mark.parametrize("verb", ["embed", "classify", "index", "search", "adapt", "verify", "inspect"])
 def test_sdk_verbs_load_no_torch_and_nothing_beyond_the_base_install(verb):
     loaded = {name.split(".")[0] for name in fresh(f"from mobileclip.cli import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass")}
     assert not loaded & (TORCH | {"tyro", "rich", "distill", "export", "benchmarks"})
