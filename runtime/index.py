@@ -297,15 +297,11 @@ class Index:
     def _hits(self, best: list[tuple[float, int, int]], k: int, where: str, values: Sequence[Any]) -> list[Hit]:
         """The first k of ranked rows that belong to files (which pass the filter)."""
         hits: list[Hit] = []
-        for start in range(0, len(best), step := k + 2):
-            part = best[start : start + step]
-            contents: dict[tuple[int, int], tuple[int, int]] = {}
-            for segment in {entry[1] for entry in part}:
-                numbers = self.files.at(segment, [row for _, number, row in part if number == segment])
-                contents.update({(segment, row): content for row, content in numbers.items()})
-            files = self.files.files_of(dict(contents.values()), where, values)
+        for start in range(0, len(best), k):
+            part = best[start : start + k]
+            files = {number: self.files.found(number, [row for _, segment, row in part if segment == number], where, values) for number in {entry[1] for entry in part}}
             for score, segment, row in part:
-                paths = files.get(contents[segment, row][0], [])
+                paths = files[segment][row]
                 if paths and len(hits) < k:
                     hits.append(Hit(os.fsdecode(paths[0][0]), score, paths[0][1], tuple(os.fsdecode(path) for path, _ in paths[1:])))
             if len(hits) == k:

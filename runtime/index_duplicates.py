@@ -39,7 +39,7 @@ def duplicates(index: Index, threshold: float, progress: Callable[[int, int], No
     for contents in groups.values():
         if len(contents) > 1 or counts[contents[0]] > 1:
             files = index.files.files_of({content: counts[content] for content in contents})
-            found.append(sorted(os.fsdecode(path) for paths in files.values() for path, _ in paths))
+            found.append(sorted(os.fsdecode(path) for paths in files.values() for path in paths))
     return sorted(found, key=lambda group: (-len(group), group))
 
 

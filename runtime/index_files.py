@@ -159,36 +159,49 @@ class Files:
         """Hashes of all contents that have a vector."""
         return {row[0] for row in self.rows("SELECT hash FROM contents")}
 
-    def at(self, segment: int, rows: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """Row -> (content, files that have it), of one segment; every row has one."""
-        found = {}
-        for number, hash, row, crc, files in self._many("SELECT id, hash, row, crc, files FROM contents WHERE segment=? AND row IN ", rows, (segment,)):
+    def found(self, segment: int, rows: Sequence[int], where: str = "", values: Sequence[Any] = ()) -> dict[int, list[tuple[bytes, str]]]:
+        """Row of a segment -> [(path, taken)] of its files in order of path; `where` (from `condition`) narrows the files, not the check of their number."""
+        columns = ", ".join(f"files.{name.strip()}" for name in _COLUMNS.split(","))
+        statement = f"SELECT contents.id, contents.hash, row, contents.crc, contents.files, {where or 1}, {columns} FROM contents LEFT JOIN files ON files.content = contents.id"
+        paths: dict[int, list[tuple[bytes, str]]] = {}
+        left: dict[int, int] = {}
+        for number, hash, row, crc, files, passes, *file in self._many(f"{statement} WHERE segment=? AND row IN ", rows, (*values, segment)):
+            if row not in left:
+                if row_crc(number, hash, segment, row) != crc:
+                    raise damaged(self.path, f"content {number} does not match its checksum")
+                left[row], paths[row] = files, []
+            if file[0] is not None:
+                self._check_file(file[:-1], file[-1])
+                left[row] -= 1
+                if passes:
+                    paths[row].append((file[0], file[4]))
+        if len(left) != len(set(rows)) or any(left.values()):
+            raise damaged(self.path, f"rows of segment {segment} lack their files")
+        for entry in paths.values():
+            entry.sort()
+        return paths
+
+    def check_contents(self, segment: int, rows: Sequence[int]) -> None:
+        """Compare the contents of rows of a segment with their checksums. Raises SearchError."""
+        found = 0
+        for number, hash, row, crc in self._many("SELECT id, hash, row, crc FROM contents WHERE segment=? AND row IN ", rows, (segment,)):
+            found += 1
             if row_crc(number, hash, segment, row) != crc:
                 raise damaged(self.path, f"content {number} does not match its checksum")
-            found[row] = (number, files)
-        if len(found) != len(set(rows)):
-            raise damaged(self.path, f"{len(set(rows)) - len(found)} rows of segment {segment} have no content")
-        return found
+        if found != len(rows):
+            raise damaged(self.path, f"{len(rows) - found} rows of segment {segment} have no content")
 
     # ------------------------------------------------------------ files
 
-    def files_of(self, contents: dict[int, int], where: str = "", values: Sequence[Any] = ()) -> dict[int, list[tuple[bytes, str]]]:
-        """Content -> [(path, taken)] of its files in order of path.
-
-        Args:
-            contents: numbers, with how many files each must have.
-            where, values: narrow the files (from `condition`).
-        """
-        found: dict[int, list[tuple[bytes, str]]] = {}
-        seen = dict.fromkeys(contents, 0)
-        for *row, crc, passes in self._many(f"SELECT {_COLUMNS}, {where or 1} FROM files WHERE content IN ", list(contents), values):
+    def files_of(self, contents: dict[int, int]) -> dict[int, list[bytes]]:
+        """Content -> paths of its files, for contents with how many files each must have."""
+        paths: dict[int, list[bytes]] = {number: [] for number in contents}
+        for *row, crc in self._many(f"SELECT {_COLUMNS} FROM files WHERE content IN ", list(contents)):
             self._check_file(row, crc)
-            seen[row[6]] += 1
-            if passes:
-                found.setdefault(row[6], []).append((row[0], row[4]))
-        if seen != contents:
-            raise damaged(self.path, "files are missing in it")
-        return {number: sorted(paths) for number, paths in found.items()}
+            paths[row[6]].append(row[0])
+        if any(len(paths[number]) != count for number, count in contents.items()):
+            raise damaged(self.path, "contents lack their files")
+        return paths
 
     def check_files(self, paths: Sequence[bytes]) -> None:
         """Compare rows with their checksums. Raises SearchError."""

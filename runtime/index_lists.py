@@ -23,13 +23,13 @@ from runtime.index_coding import along
 from runtime.index_files import damaged
 from runtime.index_segments import BLOCK, read_head, write_tensors
 
-BIT_PLANES = 4
+BIT_PLANES = 3
 KMEANS_ROUNDS, SAMPLE_PER_LIST = 8, 64
 FIRST_SHARE = 0.026
 """Share of the rows that every query looks at."""
-KEPT, SCORED = 75, 6
+KEPT, SCORED = 70, 5
 """Rows that go on to step 3, and to the stored vectors, for each row wanted and FIRST_SHARE looked at."""
-MORE = 2
+MORE = 4
 """So many times as many rows go on in a second look."""
 TOWARDS_QUERY = 1.5
 """Rows spread wider towards queries, which come from where pictures are, than in a random direction."""

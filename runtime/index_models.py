@@ -94,7 +94,7 @@ def verify(index: Index) -> dict[str, Any]:
             if digest.hexdigest() != known["sha256"]:
                 raise damaged(path, "its content does not match its hash")
         for start in range(0, rows, 4096):
-            index.files.at(number, range(start, min(start + 4096, rows)))
+            index.files.check_contents(number, range(start, min(start + 4096, rows)))
     last = b""
     while page := [row[0] for row in index.files.rows("SELECT path FROM files WHERE path > ? ORDER BY path LIMIT 4096", (last,))]:
         index.files.check_files(page)
