@@ -213,20 +213,20 @@ class Index:
         Raises:
             SearchError: shapes that do not fit, values that are not finite, or another process writes.
         """
-        from runtime.index_adding import add_vectors
+        from runtime.index_writing import add_vectors
 
         add_vectors(self, [os.fsencode(os.path.abspath(path)) for path in paths], vectors, taken)
 
     def settle(self) -> None:
         """Merge small segments and make lists for large ones, as `add` does at its end."""
-        from runtime.index_adding import settle, writing
+        from runtime.index_writing import settle, writing
 
         with writing(self):
             settle(self)
 
     def remove(self, path: str | os.PathLike[str]) -> int:
         """Forget all files at or below a path; the pictures themselves are not touched. Returns how many."""
-        from runtime.index_adding import remove
+        from runtime.index_writing import remove
 
         return remove(self, os.fsencode(os.path.abspath(path)))
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime import index_adding, index_vectors
+from runtime import index_adding, index_vectors, index_writing
 from runtime.errors import SearchError
 from runtime.index import Index
 from runtime.index_coding import DTYPES
@@ -193,7 +193,7 @@ def test_a_nested_prefix_is_scanned_and_the_whole_rescores(tmp_path: Path) -> No
 
 def test_lists_find_what_a_full_scan_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_vectors, "LISTS_FROM", 5000)
-    monkeypatch.setattr(index_adding, "LISTS_FROM", 5000)
+    monkeypatch.setattr(index_writing, "LISTS_FROM", 5000)
     vectors, queries = cloud(20_000), cloud(60, seed=1)
     with Index.create(tmp_path / "i", MODEL, dtype="int8") as index:
         index.add_vectors([f"/{'even' if n % 2 == 0 else 'odd'}/{n}" for n in range(20_000)], vectors)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from runtime import index_adding
+from runtime import index_writing
 from runtime.index import Index
 from runtime.index_coding import DTYPES, Coding, binary_frame, broken
 from tests.runtime.test_index import MODEL, cloud
@@ -78,7 +78,7 @@ def crc(*values: object) -> int:
 
 def test_another_reader_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Search in an index with sqlite3, safetensors and numpy alone."""
-    monkeypatch.setattr(index_adding, "LISTS_FROM", 500)
+    monkeypatch.setattr(index_writing, "LISTS_FROM", 500)
     vectors, query = cloud(600), cloud(1, seed=1)[0]
     with Index.create(tmp_path / "i", MODEL, dtype="int8", dims=24, rescore="float16") as index:
         index.add_vectors([f"/v/{n}" for n in range(600)], vectors)
@@ -118,7 +118,7 @@ def test_another_reader_finds_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_lists_hold_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_adding, "LISTS_FROM", 500)
+    monkeypatch.setattr(index_writing, "LISTS_FROM", 500)
     with Index.create(tmp_path / "i", MODEL, dtype="float16") as index:
         index.add_vectors([f"/v/{n}" for n in range(900)], cloud(900))
         index.settle()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import runtime
-from runtime import index_adding, index_lists, index_vectors
+from runtime import index_adding, index_lists, index_vectors, index_writing
 from runtime.errors import SearchError
 from runtime.index import Index
 from tests.runtime import toy
@@ -176,7 +176,7 @@ def test_names_that_are_no_text(clip: runtime.Clip, photos: Path, tmp_path: Path
 def test_a_second_writer_is_told_and_readers_go_on(clip: runtime.Clip, photos: Path, tmp_path: Path) -> None:
     with Index.open(tmp_path / "i", clip) as index, Index.open(tmp_path / "i", clip) as reader:
         index.add(photos)
-        with index_adding.writing(index):
+        with index_writing.writing(index):
             with pytest.raises(SearchError, match=f"is being written by process {os.getpid()}; wait"):
                 reader.add(photos)
             assert len(reader.search("red")) == 4  # and sees what was added since it was opened
@@ -246,7 +246,7 @@ def test_kill_9_while_indexing_loses_nothing(toy_bundle: Path, clip: runtime.Cli
     with Index.open(place, clip) as index:
         index.verify()
         assert len(index) == 160
-        assert {path.name for path in (place / "segments").iterdir()} == index_adding.named(index)
+        assert {path.name for path in (place / "segments").iterdir()} == index_writing.named(index)
         every = sorted(folder.iterdir())
         found = {hit.path: hit.score for hit in index.search("blue", k=500)}
         np.testing.assert_allclose([found[str(path)] for path in every], clip.encode_image(every) @ clip.encode_text(["blue"])[0], atol=2e-3)
@@ -325,7 +325,7 @@ def test_a_flipped_byte_is_refused(tmp_path: Path, settings: dict) -> None:
 
 
 def test_a_flipped_byte_in_lists_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_adding, "LISTS_FROM", 500)
+    monkeypatch.setattr(index_writing, "LISTS_FROM", 500)
     monkeypatch.setattr(index_lists, "FIRST_SHARE", 1.0)
     vectors, queries = cloud(700), cloud(3, seed=1)
     with Index.create(tmp_path / "i", MODEL, dtype="int8") as index:
@@ -411,4 +411,4 @@ def test_a_read_only_index_is_searched(tmp_path: Path) -> None:
 
 
 def test_lists_threshold_is_one_number() -> None:
-    assert index_adding.LISTS_FROM == index_vectors.LISTS_FROM == 50_000
+    assert index_writing.LISTS_FROM == index_vectors.LISTS_FROM == 50_000
