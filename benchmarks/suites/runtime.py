@@ -31,6 +31,7 @@ import runtime
 import runtime.machine
 from benchmarks.suites.demo import Layout
 from benchmarks.suites.runtime_inputs import SIZE, jpeg, large_drawings, photo, random_bundle
+from benchmarks.suites.search import measure
 from benchmarks.suites.stages import StageError
 from export.latency_gate import interleaved, processor, ratio
 from mobileclip.config import ModelConfig, TextConfig
@@ -244,9 +245,7 @@ def _texts(config: RuntimeConfig, place: Layout, out: Path) -> dict[str, Any]:
 
 
 def _index(config: RuntimeConfig, place: Layout, out: Path) -> dict[str, Any]:
-    from benchmarks.suites.search import measure_search
-
-    return measure_search(run=config.run, out=out / "index", count=config.vectors)
+    return dict(measure(Path(config.run), out / "index", count=config.vectors))
 
 
 RUNS: dict[str, Callable[[RuntimeConfig, Layout, Path], dict[str, Any]]] = {
