@@ -1,6 +1,6 @@
 /**
- * Pictures to model input, number for number as Pillow resizes 8-bit RGB: coefficients in 22-bit fixed point, first across, then down,
- * 8 bits between. Only what the central crop keeps is computed.
+ * Pictures to model input, number for number as Pillow resizes 8-bit RGB: coefficients in 22-bit fixed point, across, then down,
+ * 8 bits between (tall pictures the other way). Only what the central crop keeps is computed.
  */
 
 import { ImageError } from "./errors.js";
@@ -126,33 +126,42 @@ export function resizeAndCrop(picture, spec) {
   const [wide, high] = width <= height ? [target, longTarget] : [longTarget, target];
   const left = round((wide - size) / 2);
   const top = round((high - size) / 2);
-  const rows = coefficients(height, high, top, size, spec.interpolation);
-  const firstRow = high === height ? top : rows.starts[0];
-  const lastRow = high === height ? top + size : rows.starts[size - 1] + rows.lengths[size - 1];
-  const across = wide === width ? columns(rgb, width, left, size, firstRow, lastRow) : resizeAcross(rgb, width, wide, left, size, firstRow, lastRow, spec.interpolation);
-  return high === height ? across : resizeDown(across, size, rows, firstRow);
+  const filter = spec.interpolation;
+  const x = wide === width ? null : coefficients(width, wide, left, size, filter);
+  const y = high === height ? null : coefficients(height, high, top, size, filter);
+  const [firstColumn, lastColumn] = x ? reach(x, size) : [left, left + size];
+  const [firstRow, lastRow] = y ? reach(y, size) : [top, top + size];
+  const part = cut(rgb, width, firstColumn, lastColumn, firstRow, lastRow);
+  const columns = lastColumn - firstColumn;
+  const across = (/** @type {Uint8Array} */ pixels, /** @type {number} */ rows) => (x ? resizeAcross(pixels, columns, rows, size, x, firstColumn) : pixels);
+  const down = (/** @type {Uint8Array} */ pixels, /** @type {number} */ line) => (y ? resizeDown(pixels, line, size, y, firstRow) : pixels);
+  // Pillow goes across first, but for tall pictures that shrink; with 8 bits between, the order shows.
+  const downFirst = height > 2 * width && high < height;
+  return downFirst ? across(down(part, columns * 3), size) : down(across(part, lastRow - firstRow), size * 3);
 }
 
-/** @param {Uint8Array} rgb @param {number} width @param {number} left @param {number} size @param {number} first @param {number} last */
-function columns(rgb, width, left, size, first, last) {
-  const out = new Uint8Array((last - first) * size * 3);
-  for (let y = first; y < last; y++) out.set(rgb.subarray((y * width + left) * 3, (y * width + left + size) * 3), (y - first) * size * 3);
+/** First input that any output takes, and the one after the last. @param {ReturnType<typeof coefficients>} table @param {number} count */
+const reach = (table, count) => [table.starts[0], table.starts[count - 1] + table.lengths[count - 1]];
+
+/** @param {Uint8Array} rgb @param {number} width @param {number} left @param {number} right @param {number} top @param {number} bottom */
+function cut(rgb, width, left, right, top, bottom) {
+  if (left === 0 && right === width) return rgb.subarray(top * width * 3, bottom * width * 3);
+  const line = (right - left) * 3;
+  const out = new Uint8Array((bottom - top) * line);
+  for (let y = top; y < bottom; y++) out.set(rgb.subarray((y * width + left) * 3, (y * width + right) * 3), (y - top) * line);
   return out;
 }
 
-/**
- * @param {Uint8Array} rgb @param {number} width @param {number} wide @param {number} left @param {number} size @param {number} first @param {number} last
- * @param {string} filter
- */
-function resizeAcross(rgb, width, wide, left, size, first, last, filter) {
-  const { starts, lengths, weights, width: reach } = coefficients(width, wide, left, size, filter);
-  const out = new Uint8Array((last - first) * size * 3);
-  for (let y = first, to = 0; y < last; y++) {
+/** @param {Uint8Array} rgb @param {number} width @param {number} height @param {number} size @param {ReturnType<typeof coefficients>} table @param {number} first */
+function resizeAcross(rgb, width, height, size, table, first) {
+  const { starts, lengths, weights, width: reach } = table;
+  const out = new Uint8Array(height * size * 3);
+  for (let y = 0, to = 0; y < height; y++) {
     for (let x = 0; x < size; x++, to += 3) {
       let r = 1 << (BITS - 1);
       let g = r;
       let b = r;
-      let from = (y * width + starts[x]) * 3;
+      let from = (y * width + starts[x] - first) * 3;
       for (let k = x * reach, end = k + lengths[x]; k < end; k++, from += 3) {
         const weight = weights[k];
         r = (r + rgb[from] * weight) | 0;
@@ -167,10 +176,9 @@ function resizeAcross(rgb, width, wide, left, size, first, last, filter) {
   return out;
 }
 
-/** @param {Uint8Array} rows @param {number} size @param {ReturnType<typeof coefficients>} table @param {number} first */
-function resizeDown(rows, size, table, first) {
+/** @param {Uint8Array} rows @param {number} line bytes of one @param {number} size @param {ReturnType<typeof coefficients>} table @param {number} first */
+function resizeDown(rows, line, size, table, first) {
   const { starts, lengths, weights, width: reach } = table;
-  const line = size * 3;
   const out = new Uint8Array(size * line);
   for (let y = 0; y < size; y++) {
     const start = (starts[y] - first) * line;

@@ -1,12 +1,14 @@
 /** BERT's WordPiece, as `tokenizer.json` describes it for uncased models. */
 
 import { BundleError } from "./errors.js";
+import { NEW_MARKS, NEW_PUNCTUATION } from "./newer.js";
 
 const CHINESE = /[\u4e00-\u9fff\u3400-\u4dbf\u{20000}-\u{2a6df}\u{2a700}-\u{2b73f}\u{2b740}-\u{2b81f}\u{2b920}-\u{2ceaf}\uf900-\ufaff\u{2f800}-\u{2fa1f}]/gu;
 // Rust's white space; JavaScript's has U+FEFF besides and lacks U+0085.
 const SPACE = /[\t-\r\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/u;
-const HIDDEN = /(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\0\ufffd]/gu;
-const PUNCTUATION = /([!-/:-@[-`{-~]|\p{P})/u;
+const HIDDEN = new RegExp(`(?![\\t\\n\\r${NEW_MARKS}])[\\p{Cc}\\p{Cf}\\p{Co}\\0\\ufffd]`, "gu");
+const MARKS = new RegExp(`(?![${NEW_MARKS}])[\\p{Mn}\\u1734\\u{1171e}]`, "gu");
+const PUNCTUATION = new RegExp(`((?![${NEW_PUNCTUATION}])(?:[!-/:-@[-\`{-~\\u166d\\u{111c9}]|\\p{P}))`, "u");
 
 /**
  * @param {any} document the parsed tokenizer.json
@@ -34,7 +36,7 @@ export function readWordPieces(document) {
   function normal(text) {
     if (normalizer.clean_text) text = text.replace(HIDDEN, "").replace(new RegExp(SPACE, "gu"), " ");
     if (normalizer.handle_chinese_chars) text = text.replace(CHINESE, " $& ");
-    if (normalizer.strip_accents ?? normalizer.lowercase) text = text.normalize("NFD").replace(/\p{Mn}/gu, "");
+    if (normalizer.strip_accents ?? normalizer.lowercase) text = text.normalize("NFD").replace(MARKS, "");
     // Letter by letter: a final sigma is not told apart.
     return normalizer.lowercase ? Array.from(text, (c) => c.toLowerCase()).join("") : text;
   }
