@@ -48,6 +48,16 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """One thread a connection; a browser that hangs up is no event."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def open_server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
     """A server of this folder on 127.0.0.1, not yet running; port 0: any that is free.
 
@@ -57,10 +67,9 @@ def open_server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
     if not (folder / "index.html").is_file():
         raise ClipError(f"{folder} holds no index.html; make the page with 'make web'")
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder.resolve())))
+        server = Server(("127.0.0.1", port), partial(Handler, directory=str(folder.resolve())))
     except (OSError, OverflowError) as error:
         raise ClipError(f"port {port} of this machine cannot be used ({error}); give another with --port") from error
-    server.daemon_threads = True
     return server
 
 

@@ -73,9 +73,9 @@ async function search() {
   const [vector] = text ? await clip.encodeText(text) : await clip.encodeImage(similarTo.blob);
   if (mine !== turn) return;
   const hits = index.search(vector, index.size);
+  show(hits, true);
   const took = performance.now() - start;
   document.documentElement.dataset.queryMs = took.toFixed(1);
-  show(hits, true);
   const what = text ? `“${text}”` : `pictures like “${similarTo.name}”`;
   const doubt = text && needsRepair(text) ? " This text may be damaged: Python would repair it first." : "";
   status.textContent = `${index.size} pictures sorted by ${what} in ${took.toFixed(0)} ms. Best: ${hits[0].data.name}.${doubt}`;

@@ -60,6 +60,8 @@ export class Clip {
     this.manifest = bundle.manifest;
     this.name = bundle.manifest.name;
     this.dimension = bundle.manifest.embed_dim;
+    /** Where the last tower was started: "wasm" or "webgpu". */
+    this.device = "wasm";
     /** What an index of these vectors belongs to. */
     this.model = String(bundle.manifest.provenance.checkpoint_sha256 ?? bundle.manifest.manifest_sha256);
   }
@@ -222,10 +224,21 @@ export class Clip {
   /** @param {import("./manifest.js").Artefact} artefact @param {boolean} webgpu */
   async #start(artefact, webgpu) {
     const bytes = await this.#bundle.read(/** @type {string} */ (artefact.path));
-    const create = () => this.#ort.InferenceSession.create(bytes, { executionProviders: webgpu ? ["webgpu", "wasm"] : ["wasm"], graphOptimizationLevel: "all" });
+    const start = (/** @type {string} */ provider) => this.#ort.InferenceSession.create(bytes, { executionProviders: [provider], graphOptimizationLevel: "all" });
+    const create = async () => {
+      if (!webgpu) return start("wasm");
+      try {
+        const session = await start("webgpu");
+        this.device = "webgpu";
+        return session;
+      } catch {
+        return start("wasm");
+      }
+    };
     // One at a time: the runtime starts itself with the first.
-    const session = await (this.#turn = this.#turn.then(create, create));
-    return { artefact, session };
+    const made = this.#turn.then(create, create);
+    this.#turn = made.catch(() => undefined);
+    return { artefact, session: await made };
   }
 
   /** @param {Tower} tower @param {(Float32Array | Int32Array)[]} rows @returns {Promise<Float32Array[]>} */
