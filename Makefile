@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading web test-web test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -65,6 +65,13 @@ bench-tokenizer: $(STAMP)
 
 bench-loading: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.loading --out out/loading.json
+
+web: $(STAMP)
+	cd runtime/web && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund --ignore-scripts && npm run --silent types
+	$(BIN)/python runtime/web/collect.py out/web out/demo/bundle out/demo/pairs
+
+test-web: $(DEV) web
+	$(BIN)/python -m tests.web.run out/web out/demo/bundle out/demo/teacher-bundle
 
 test: $(DEV)
 	$(BIN)/python -m distill.fetch
