@@ -82,9 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         server = open_server(options.folder, options.port)
     except ClipError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 1
-    print(f"http://127.0.0.1:{server.server_address[1]}/", flush=True)
+    sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}/\n")
+    sys.stdout.flush()
     try:
         server.serve_forever()
     except KeyboardInterrupt:

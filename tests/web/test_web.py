@@ -33,8 +33,9 @@ def test_tokens_pixels_index_and_bundles_in_node(tmp_path: Path) -> None:
     done = run_node(NODE_TESTS, tmp_path, tmp_path / "summary.json")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     figures = json.loads((tmp_path / "summary.json").read_text())
-    assert figures["web_tokenizer_texts"] >= 2000 and figures["web_tokenizer_mismatches"] == 0
-    assert figures["web_pictures"] >= 40 and figures["web_pixel_mismatches"] == 0
+    assert figures["web_tokenizer_texts"] >= 2000
+    assert figures["web_pictures"] >= 40
+    assert (figures["web_tokenizer_mismatches"], figures["web_pixel_mismatches"]) == (0, 0)
 
 
 @pytest.mark.slow

@@ -29,7 +29,10 @@ SPECS = (
     {"image_size": 32, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "crop_pct": 1.0},
     {"image_size": 48, "mean": (0.481, 0.457, 0.408), "std": (0.268, 0.261, 0.275), "interpolation": "bicubic", "crop_pct": 0.875},
 )
-PLAIN = ("", " ", "a photo of a cat", "A Photo of a CAT", "don't, can't, it's", "1234567890 3.14 20%", "fish &amp; chips &lt;3", "AT&T &notit; &#8364; &EACUTE; &amp;amp;", "ΟΔΟΣ ὈΔΥΣΣΕΎΣ ος ᾳ")
+PLAIN = (
+    *("", " ", "a photo of a cat", "A Photo of a CAT", "don't, can't, it's"),
+    *("1234567890 3.14 20%", "fish &amp; chips &lt;3", "AT&T &notit; &#8364; &EACUTE; &amp;amp;", "ΟΔΟΣ ὈΔΥΣΣΕΎΣ ος ᾳ"),
+)
 
 
 def texts(seed: int, count: int = TEXTS) -> list[str]:
