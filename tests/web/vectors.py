@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.odd_texts import odd_texts
+from runtime.cleaning import _patterns
 from runtime.preprocess import PreprocessConfig, load_image, normalise, resize_and_crop
 from runtime.tokenizer import Tokenizer, build_clip_tokenizer
 
@@ -58,8 +59,16 @@ def write_texts(folder: Path, bundles: list[Path], count: int) -> None:
         tokenizer = Tokenizer.open(path, spec["context_length"], spec["cleaning"], spec["pad_id"])
         # JSON has no lone surrogates that every reader takes; they are repaired anyway.
         given = [text for text in texts(7 + n, count) if not any("\ud800" <= c <= "\udfff" or newer(c) for c in html.unescape(html.unescape(text)))]
-        document = {"tokenizer": str(path.resolve()), "spec": spec, "texts": given, "rows": tokenizer(given).tolist()}
+        document = {"tokenizer": str(path.resolve()), "spec": spec, "texts": given, "rows": tokenizer(given).tolist(), "trouble": [troubled(text) for text in given]}
         (folder / f"texts-{n}.json").write_text(json.dumps(document))
+
+
+def troubled(text: str) -> bool | None:
+    """Whether Python hands the text to ftfy for its characters; None: the answer depends on entities or on the composed form."""
+    suspicious, trouble, _ = _patterns()
+    if "&" in text or not unicodedata.is_normalized("NFC", text):
+        return None
+    return bool(suspicious.search(text) and trouble.search(text))
 
 
 def newer(c: str) -> bool:

@@ -172,7 +172,8 @@ export class Clip {
     const { prefer, webgpu } = this.#settings;
     const key = `mclip ${this.manifest.manifest_sha256} ${name} ${webgpu} ${this.#ort.env.wasm.numThreads} ${this.#ort.env.versions?.web}`;
     const remembered = prefer === undefined ? recall(key) : null;
-    const field = candidates(this.manifest, name, remembered?.id && this.manifest.artefacts.some((a) => a.id === remembered.id) ? remembered.id : prefer);
+    const usable = candidates(this.manifest, name, prefer);
+    const field = usable.some((a) => a.id === remembered?.id) ? usable.filter((a) => a.id === remembered?.id) : usable;
     if (field.length === 1) {
       const tower = await this.#start(field[0], webgpu);
       const why = remembered ? remembered.why : prefer === undefined ? "the only proven artefact that runs here" : `'${prefer}' was asked for`;
