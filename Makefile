@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading web test-web test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers web test-web test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -72,6 +72,12 @@ web: $(STAMP)
 
 test-web: $(DEV) web
 	$(BIN)/python -m tests.web.run out/web out/demo/bundle out/demo/teacher-bundle
+
+bench-compare: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.compare_power --bundle out/demo/bundle --out out/bench-compare
+
+bench-peers: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.peers --run out/demo --out out/bench-peers
 
 test: $(DEV)
 	$(BIN)/python -m distill.fetch

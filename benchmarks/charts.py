@@ -187,6 +187,50 @@ def latency_bars(rows: Sequence[dict[str, Any]], title: str) -> str:
     return _svg(alt.layer(*layers).properties(width=WIDTH - 120, height=alt.Step(28)), title)
 
 
+def ratio_bars(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """Ratios with intervals around 1, the band of ±1 % behind them. Rows: {"label", "value", "low", "high", "verdict"}."""
+    alt = _altair()
+    low, high = min([0.97, *(row["low"] for row in rows)]), max([1.03, *(row["high"] for row in rows)])
+    logarithmic = high / low > 3
+    scale = alt.Scale(type="log" if logarithmic else "linear", domain=(low / 1.03, high * 1.03), nice=False, zero=False)
+    y = alt.Y("label:N", sort=[row["label"] for row in rows], title=None, axis=alt.Axis(labelLimit=230, ticks=False, domain=False, labelPadding=8, grid=False))
+    color = alt.Color("verdict:N", scale=alt.Scale(domain=["faster", "slower"], range=["var(--good)", "var(--bad)"]), legend=None)
+    base = alt.Chart(alt.Data(values=list(rows)))
+    x = alt.X("low:Q", scale=scale, title="time of the candidate over time of the reference", axis=alt.Axis(tickCount=5, format="~g"))
+    layers = [
+        alt.Chart(alt.Data(values=[{"from": 0.99, "to": 1.01}])).mark_rect(opacity=0.5, color="var(--grid)").encode(x=alt.X("from:Q", scale=scale), x2="to:Q"),
+        base.mark_rule(strokeWidth=3, opacity=0.6).encode(x=x, x2="high:Q", y=y, color=color),
+        base.mark_circle(size=80, opacity=1).encode(x=alt.X("value:Q", scale=scale), y=y, color=color),
+    ]
+    return _svg(alt.layer(*layers).properties(width=WIDTH - 90, height=alt.Step(26)), title)
+
+
+def parity_points(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """Cosine against latency. Rows: {"name", "x" (ms), "value" (None: not measured, drawn hollow on the lower edge)}."""
+    alt = _altair()
+    xs, known = [row["x"] for row in rows], [row["value"] for row in rows if row["value"] is not None]
+    logarithmic = max(xs) / min(xs) > 4
+    x_domain = (min(xs) / 1.4, max(xs) * 1.4) if logarithmic else (0.0, max(xs) * 1.2)
+    low = min([*known, 0.999])
+    y_domain = (low - (1 - low) * 0.35, 1 + (1 - low) * 0.15)
+    x = alt.X("x:Q", title="p50, milliseconds", scale=alt.Scale(type="log" if logarithmic else "linear", domain=x_domain, nice=False), axis=alt.Axis(tickCount=5, format="~g"))
+    y = alt.Y("value:Q", title="least cosine", scale=alt.Scale(domain=y_domain, nice=False, zero=False), axis=alt.Axis(tickCount=5))
+    placed = [{**row, "value": y_domain[0] if row["value"] is None else row["value"], "known": row["value"] is not None} for row in rows]
+    layers = [
+        alt.Chart(alt.Data(values=[row for row in placed if row["known"]])).mark_point(filled=True, size=95, opacity=0.9, color="var(--k3)").encode(x=x, y=y),
+        alt.Chart(alt.Data(values=[row for row in placed if not row["known"]])).mark_point(filled=False, size=95, strokeWidth=2, color="var(--k1)").encode(x=x, y=y),
+    ]
+
+    def to_pixels(row: dict[str, Any]) -> tuple[float, float]:
+        start, stop, at = (math.log(value) if logarithmic else value for value in (*x_domain, row["x"]))
+        return WIDTH * (at - start) / (stop - start), HEIGHT * (y_domain[1] - row["value"]) / (y_domain[1] - y_domain[0])
+
+    for label in place_labels([(*to_pixels(row), str(row["name"])) for row in placed], WIDTH, HEIGHT) if len(placed) <= 14 else []:
+        point = alt.Chart(alt.Data(values=[label]))
+        layers.append(point.mark_text(align="left", fontSize=LABEL, fill="currentColor").encode(x=alt.value(label["x"]), y=alt.value(label["y"]), text="text:N"))
+    return _svg(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title)
+
+
 def sample_strip(samples: Sequence[int], title: str) -> str:
     """Every kept sample in the order of measuring (nanoseconds, drawn in ms, cut at p99.5), so that drift and outliers are seen."""
     alt = _altair()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -26,6 +27,8 @@ from .inputs import Inputs
 from .measure import Timed
 
 TOWERS = ("image", "text")
+GALLERY = 10_000
+"""Embeddings that the search phase looks through: a product and a partial sort, as `mclip search` does."""
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class Subject:
     def __post_init__(self) -> None:
         import hashlib
 
+        hold_blas(self.threads)
         self.clip = runtime.load(self.folder, threads=self.threads, measure=False)
         self.sha256 = hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
 
@@ -70,19 +74,37 @@ class Subject:
         """Phases without a tower."""
         jpegs, texts, config, tokenizer = self.inputs.jpegs, self.inputs.texts, self.clip.preprocess_config, self.clip.tokenizer
         pictures = [load_image(data) for data in jpegs]
+        rng = np.random.default_rng(0)
+        rows = rng.standard_normal((GALLERY, self.clip.embed_dim), dtype=np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        queries = rng.standard_normal((8, self.clip.embed_dim), dtype=np.float32)
+
+        def search(turn: int) -> object:
+            scores = rows @ queries[turn % 8]
+            best = np.argpartition(-scores, 10)[:10]
+            return best[np.argsort(-scores[best])]
+
+        def normalise(turn: int) -> object:
+            row = queries[turn % 8]
+            return row / np.linalg.norm(row)
+
         return {
             "decode": lambda turn: load_image(jpegs[turn % len(jpegs)]),
             "preprocess": lambda turn: preprocess([pictures[turn % len(pictures)]], config),
             "tokenise": lambda turn: tokenizer([texts[turn % len(texts)]]),
+            "normalise": normalise,
+            "search": search,
         }
 
-    def tower(self, tower: str, artefact: Artefact) -> Timed:
-        """One artefact alone on prepared inputs."""
+    def tower(self, tower: str, artefact: Artefact, batch: int = 1) -> Timed:
+        """One artefact alone on prepared inputs, `batch` of them at a time."""
         opened = open_artefact(self.folder, self.clip.manifest, artefact, self.threads)
         if tower == "image":
             prepared = [np.ascontiguousarray(preprocess([data], self.clip.preprocess_config)) for data in self.inputs.jpegs]
         else:
             prepared = [np.ascontiguousarray(self.clip.tokenizer([text])) for text in self.inputs.texts]
+        if batch > 1:
+            prepared = [np.concatenate([prepared[(start + offset) % len(prepared)] for offset in range(batch)]) for start in range(len(prepared))]
         return lambda turn: opened.run(prepared[turn % len(prepared)])
 
     def end_to_end(self, tower: str, artefact: Artefact) -> Timed:
@@ -106,6 +128,21 @@ class Subject:
             for artefact in self.clip.manifest.artefacts
             if artefact.status == "proven" and missing(artefact.target)
         }
+
+
+def hold_blas(threads: int) -> bool:
+    """Hold numpy's own matrix products (the search phase) to as many threads; False where its library has no way to.
+
+    numpy's wheels carry OpenBLAS, which takes every core unless it is told otherwise before numpy is imported, and that has happened here.
+    """
+    folder = Path(np.__file__).parents[1] / "numpy.libs"
+    for path in sorted(folder.glob("*openblas*")) if folder.is_dir() else []:
+        library = ctypes.CDLL(str(path))
+        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
+            if hasattr(library, name):
+                getattr(library, name)(ctypes.c_int(threads))
+                return True
+    return False
 
 
 def run_child(arguments: Sequence[str], inputs: Inputs | None = None, timeout: float = 300) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.files import write_whole
 
-from . import markup, report_efficiency, report_figures, report_front, report_method, report_pictures
+from . import markup, report_devices, report_efficiency, report_figures, report_front, report_method, report_pictures
 from .gather import Material, gather
 from .page import page
 from .results import ResultsError
@@ -55,6 +55,8 @@ def render(material: Material, title: str | None = None) -> tuple[str, list[str]
         ("front", "What compression costs", report_front.front(material)),
         ("cost", "Accuracy against cost", report_figures.cost(material)),
         ("latency", "Latency", report_figures.latency(material)),
+        ("devices", "Devices and modes", report_devices.points(material) + report_devices.devices(material)),
+        ("comparisons", "Comparisons", report_devices.comparisons(material)),
         ("parity", "Parity", report_figures.parity(material)),
         ("time", "Time of the run", report_method.timings(material)),
         ("method", "How it was measured", report_method.method(material)),

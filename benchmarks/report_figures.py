@@ -166,15 +166,15 @@ def cost(material: Material) -> str:
 
 
 def latency(material: Material) -> str:
-    """Phases with p50, p90, p99; cold start; memory; share of the machine's peak; verdicts of interleaved comparisons."""
-    lines = [row for row in material.lines if row["kind"] == "latency"]
+    """Phases with p50, p90, p99; cold start; memory; share of the machine's peak."""
+    lines = [row for row in material.lines if row["kind"] == "latency" and not row["settings"].get("mode") and not row["settings"].get("tool") and not row.get("device")]
     if not lines:
         return ""
     parts = []
     for name in dict.fromkeys((row["bundle"] or {}).get("name", "?") for row in lines):
         own = [row for row in lines if (row["bundle"] or {}).get("name", "?") == name]
         parts.append(_phases(name, own, material))
-    parts += [_comparisons(material), _memory(material), _peak(material)]
+    parts += [_memory(material), _peak(material)]
     threads = sorted({row["settings"].get("threads") for row in lines if row["settings"].get("threads")})
     counts = f"{' and '.join(map(str, threads)) or 'one'} thread{'' if threads in ([1], []) else 's'}"
     intro = f"<p>One picture or one text at a time, {counts}, warm. Every kept sample is in the results file.</p>"
@@ -202,13 +202,17 @@ def _phases(name: str, lines: list[Line], material: Material) -> str:
     for row in lines:
         summary, figures = row["summary"], row["figures"]
         share = f"{figures['gemm_share']:.0%}" if figures.get("gemm_share") else markup.DASH
-        cells = [markup.number(summary[p] / 1e6) for p in ("p50", "p90", "p99", "mean", "mad")]
-        body.append([markup.text(_label(row)), *cells, f"{summary['n']:,}", f"{summary['drift']:.2f}", share])
+        cells = [markup.number(summary[p] / 1e6) for p in ("p50", "p90")]
+        cells += [markup.DASH if summary.get("p90_bound") is None else markup.number(summary["p90_bound"] / 1e6)]
+        cells += [markup.number(summary[p] / 1e6) for p in ("p99", "mean", "mad")]
+        why = "" if summary.get("valid", True) else f'<span class="why">{markup.text(str(summary["reason"]))}</span>'
+        body.append([markup.text(_label(row)) + why, *cells, f"{summary['n']:,}", f"{summary['drift']:.2f}", share])
     for row in material.lines:
         if row["kind"] == "cold_start" and (row["bundle"] or {}).get("name") == name:
-            cells = [markup.number(row["summary"][p] / 1e6) for p in ("p50", "p90", "p99", "mean", "mad")]
+            cells = [markup.number(row["summary"][p] / 1e6) for p in ("p50", "p90")] + [markup.DASH]
+            cells += [markup.number(row["summary"][p] / 1e6) for p in ("p99", "mean", "mad")]
             body.append([markup.text(_label(row)), *cells, str(row["summary"]["n"]), markup.DASH, markup.DASH])
-    heads = ["Phase", "p50, ms", "p90, ms", "p99, ms", "mean, ms", "MAD, ms", "samples", "drift", "of GEMM peak"]
+    heads = ["Phase", "p50, ms", "p90, ms", "p90 at most (99 %)", "p99, ms", "mean, ms", "MAD, ms", "samples", "drift", "of GEMM peak"]
     return f'<div class="two">{"".join(drawn)}</div>' + markup.table(f"Latency of {name}, milliseconds", heads, body)
 
 
@@ -220,25 +224,6 @@ def _label(row: Line) -> str:
     for tower in ("image-", "text-"):
         artefact = artefact.removeprefix(tower)
     return f"{phase}, {artefact.replace('-', ' ')}"
-
-
-def _comparisons(material: Material) -> str:
-    rows = [row for row in material.lines if row["kind"] == "comparison"]
-    if not rows:
-        return ""
-    body = []
-    for row in rows:
-        figures = row["figures"]
-        verdict = str(figures["verdict"])
-        tone = {"faster": "good", "slower": "bad"}.get(verdict, "plain")
-        said = verdict if verdict != "no difference" or figures.get("resolved") else "not resolved"
-        phase = PHASES.get(row["phase"], row["phase"])
-        candidate, reference = markup.text(figures.get("candidate") or row["artefact"] or ""), markup.text(figures.get("reference", ""))
-        ratio = f'{figures["value"]:.3f}<span class="interval">{figures["low"]:.3f} to {figures["high"]:.3f}</span>'
-        body.append([candidate, markup.badge(said, tone), reference, markup.text(phase), ratio, f"{figures['n']:,}"])
-    return markup.table(
-        "Compared side by side (interleaved; time ratio with 99 % interval)", ["Candidate", "is", "against", "phase", "ratio", "pairs"], body, textual=(1, 2, 3)
-    )
 
 
 def _memory(material: Material) -> str:

@@ -37,7 +37,8 @@ def headline(material: Material) -> dict[str, Any]:
             found["bundle_megabytes"] = sum(sizes.values()) / 1e6
     name = (manifest or {}).get("name")
     own = [row for row in material.lines if name is None or (row["bundle"] or {}).get("name") == name]
-    towers = [row["summary"]["p50"] / 1e6 for row in own if row["kind"] == "latency" and row["phase"] == "image_tower"]
+    here = [row for row in own if row["kind"] == "latency" and not row["settings"].get("mode") and not row.get("device")]
+    towers = [row["summary"]["p50"] / 1e6 for row in here if row["phase"] == "image_tower"]
     if towers:
         found.setdefault("image_tower_ms", min(towers))
     starts = [row["summary"]["p50"] / 1e9 for row in own if row["kind"] == "cold_start"]

@@ -13,8 +13,8 @@ from runtime.errors import ClipError
 from runtime.files import write_whole
 
 SCHEMA = 1
-KINDS = ("latency", "cold_start", "memory", "peak", "comparison", "accuracy", "accuracy_comparison", "not_measured")
-SAMPLED = {"latency": "ns", "cold_start": "ns", "memory": "bytes"}
+KINDS = ("latency", "latency_summary", "cold_start", "load", "memory", "peak", "profile", "comparison", "accuracy", "accuracy_comparison", "not_measured")
+SAMPLED = {"latency": "ns", "cold_start": "ns", "load": "ns", "memory": "bytes"}
 """Kinds that keep raw samples, and their unit."""
 
 
@@ -36,8 +36,11 @@ def line(
     summary: dict[str, Any] | None = None,
     figures: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,
+    device: dict[str, Any] | None = None,
+    created: str | None = None,
 ) -> Line:
-    """One line, checked. `bundle` is {"name", "sha256"}; `samples` in the unit of the kind, in the order of measuring."""
+    """One line, checked. `bundle` is {"name", "sha256"}; `samples` in the unit of the kind, in the order of measuring; `device` is None for this machine,
+    else {"kind", "label", …}; `created` is now unless the measurement is older."""
     made: Line = {
         "schema": SCHEMA,
         "kind": kind,
@@ -50,8 +53,9 @@ def line(
         "figures": figures or {},
         "samples": [int(value) for value in samples] if samples is not None else None,
         "environment": environment,
-        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "tool": {"name": "mobileclip-edge", "version": _version()},
+        "device": device,
+        "created": created or datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "tool": {"name": "mobileclip-edge", "version": version()},
     }
     return check(made, "a new result")
 
@@ -69,6 +73,9 @@ def check(found: Any, where: str) -> Line:
     bundle = found.get("bundle")
     if bundle is not None and not (isinstance(bundle, dict) and isinstance(bundle.get("sha256"), str) and isinstance(bundle.get("name"), str)):
         raise ResultsError(f"{where} has bundle {bundle!r}, expected null or an object with name and sha256")
+    device = found.get("device")
+    if device is not None and not (isinstance(device, dict) and isinstance(device.get("kind"), str)):
+        raise ResultsError(f"{where} has device {device!r}, expected null or an object with kind")
     for name in ("settings", "summary", "figures"):
         if not isinstance(found.get(name), dict):
             raise ResultsError(f"{where} has {name} {found.get(name)!r}, expected an object")
@@ -117,9 +124,9 @@ def append_results(path: str | Path, lines: Sequence[Line]) -> None:
 def identity(row: Line) -> tuple[str, ...]:
     """What makes two lines the same measurement: a rerun skips those whose identity is already in the file.
 
-    Another processor or another version of the inference runtime is another measurement.
+    Another processor, device or version of the inference runtime is another measurement, and so is another mode or batch.
     """
-    settings, machine = row["settings"], row.get("environment") or {}
+    settings, machine, device = row["settings"], row.get("environment") or {}, row.get("device") or {}
     return (
         row["kind"],
         row["phase"],
@@ -130,6 +137,10 @@ def identity(row: Line) -> tuple[str, ...]:
         str(settings.get("reference_sha256", "")),
         str((machine.get("processor") or {}).get("model", "")),
         str((machine.get("packages") or {}).get("onnxruntime", "")),
+        str(settings.get("mode", "")),
+        str(settings.get("batch", 1)),
+        str(settings.get("tool", "")),
+        f"{device.get('kind', '')} {device.get('label', '')} {device.get('cores', '')}".strip(),
     )
 
 
@@ -141,7 +152,7 @@ def newest(lines: Iterable[Line]) -> list[Line]:
     return list(kept.values())
 
 
-def _version() -> str:
+def version() -> str:
     try:
         return metadata.version("mobileclip-edge")
     except metadata.PackageNotFoundError:

@@ -33,6 +33,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "search": ("runtime.shell:search", "find pictures by text"),
     "adapt": ("runtime.shell_index:adapt", "let a new model's queries search what an old model embedded"),
     "bench": ("benchmarks.latency:main", "measure a bundle on this device"),
+    "compare": ("benchmarks.comparison:main", "two finished results files, unpaired"),
+    "import-results": ("benchmarks.importers:main", "results of trtexec, LiteRT, onnxruntime_perf_test or Qualcomm AI Hub as results of ours"),
     "report": ("benchmarks.report:main", "turn results into one HTML page"),
 }
 
@@ -84,7 +86,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
 EXTRAS = {
     "sample": "sample", "convert": "train", "average": "train", "train-languages": "train", "train-captioner": "train", "caption": "train",
     "reinforce": "train", "curate": "train", "pilot": "train", "train": "train", "eval": "train", "compress": "export", "export": "export",
-    "bench": "bench", "report": "bench", "demo": "all",
+    "bench": "bench", "compare": "bench", "import-results": "bench", "report": "bench", "demo": "all",
 }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ import numpy as np
 import tyro
 
 from benchmarks.environment import environment
-from benchmarks.measure import Plan, compare, interleave
+from benchmarks.measure import Plan, interleave
+from benchmarks.ratios import compare
 from benchmarks.suites.loader_data import VIEW, make_data, published_batches, replay
 from distill.augment import OPERATIONS
 from distill.dataset import Batch, ReinforcedPairs

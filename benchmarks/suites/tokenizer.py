@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import PACKAGES, environment, packages
-from benchmarks.measure import Plan, Ratio, compare, interleave, summarise
+from benchmarks.measure import Plan, interleave, summarise
 from benchmarks.odd_texts import SHAPES, odd_texts
+from benchmarks.ratios import Ratio, compare
 from distill.fetch import EMOJIBASE, fetch, read_members
 from runtime.errors import ClipError
 from runtime.files import write_json

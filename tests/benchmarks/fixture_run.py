@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from benchmarks.measure import compare, summarise
+from benchmarks.measure import summarise
+from benchmarks.ratios import compare
 from benchmarks.results import append_results, line
 from runtime.pairs import write_shard
 

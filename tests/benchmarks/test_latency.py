@@ -15,11 +15,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks import bench_steps
 from benchmarks import latency as module
 from benchmarks.child import high_water_mark
 from benchmarks.flops import gflop
 from benchmarks.inputs import draw_inputs
 from benchmarks.latency import BenchConfig, bench, main
+from benchmarks.modes import ModePlan
 from benchmarks.phases import Subject, run_child
 from benchmarks.results import read_results
 from runtime.errors import BundleError, DeviceError, ParityError
@@ -40,9 +42,11 @@ def quick_children(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "cold": {"ns": 5, "import_ns": 2, "load_ns": 2, "first_ns": 1, "artefact": "x"},
         "memory": {"bytes": 10**8},
+        "load": {"file_read": 5, "load_cold": 9, "load_warm": 7, "first_inference": 8, "file_bytes": 10, "cold": True},
+        "operations": {"runs": 20, "nodes": 1, "operations": [], "slowest_nodes": [], "placement": {"CPUExecutionProvider": 1.0}, "outside_share": 0.1},
         "peak": {"gemm_gflops": 50.0, "copy_gbytes": 9.0},
     }
-    monkeypatch.setattr(module, "run_child", lambda arguments, inputs=None: dict(answers[arguments[0].split("-")[0]]))
+    monkeypatch.setattr(bench_steps, "run_child", lambda arguments, inputs=None: dict(answers[arguments[0].split("-")[0]]))
 
 
 def test_every_phase_of_every_proven_artefact_is_there(measured: tuple[Path, dict[str, object]], toy_bundle: Path) -> None:
@@ -53,6 +57,8 @@ def test_every_phase_of_every_proven_artefact_is_there(measured: tuple[Path, dic
         ("decode", None),
         ("preprocess", None),
         ("tokenise", None),
+        ("normalise", None),
+        ("search", None),
         ("image_tower", "image-onnx-fp32"),
         ("text_tower", "text-onnx-fp32"),
         ("text_tower", "text-onnx-int8"),
@@ -227,3 +233,138 @@ def test_inputs_are_the_same_each_time() -> None:
     assert first.jpegs[0] != first.jpegs[1]
     assert load_image(first.jpegs[0]).size == (640, 480)
     assert 20_000 < len(first.jpegs[0]) < 200_000  # as much to decode as in a photograph
+
+
+def test_loading_and_operations_are_measured(measured: tuple[Path, dict[str, object]], toy_bundle: Path) -> None:
+    rows = read_results([measured[0]])
+    chosen = {choice.id for choice in Subject(toy_bundle, 1, draw_inputs(1)).clip.choice.values()}
+    for artefact in chosen:
+        loads = {row["phase"]: row for row in rows if row["artefact"] == artefact and row["phase"] in ("file_read", "load_cold", "load_warm", "first_inference")}
+        assert len(loads) == 4
+        for phase, row in loads.items():
+            assert row["kind"] == "load" or (phase == "load_cold" and "cache" in row["figures"]["reason"])
+        assert loads["load_warm"]["summary"]["p50"] > loads["file_read"]["summary"]["p50"] > 0
+        assert len(loads["load_warm"]["samples"]) == 5
+    profiled = {row["artefact"]: row["figures"] for row in rows if row["kind"] == "profile"}
+    assert set(profiled) == chosen
+    for figures in profiled.values():
+        assert figures["runs"] == 20
+        assert figures["placement"] == {"CPUExecutionProvider": pytest.approx(1.0)}
+        assert sum(row["share"] for row in figures["operations"]) == pytest.approx(1.0)
+    assert {"AveragePool", "MatMul"} & {row["op"] for row in profiled["image-onnx-fp32"]["operations"]}
+
+
+def test_accuracy_and_processor_time_travel_with_each_row(measured: tuple[Path, dict[str, object]], toy_bundle: Path) -> None:
+    manifest = read_manifest(toy_bundle)
+    for row in read_results([measured[0]]):
+        if row["kind"] != "latency":
+            continue
+        assert row["figures"]["cpu_ns"] > 0
+        assert row["figures"]["first_ns"] > 0
+        assert 0 < row["summary"]["independent"] <= row["summary"]["n"]
+        if row["artefact"]:
+            parity = manifest.artefact(row["artefact"]).parity
+            assert parity is not None
+            assert row["figures"]["accuracy"]["cosine_min"] == parity["cosine_min"]
+
+
+def test_peak_memory_is_that_of_a_process_that_ran_only_the_phase(tmp_path: Path) -> None:
+    """A tower with 60 MB of weights: what the step reports, and what a process written here by hand sees of itself."""
+    from benchmarks.bench_steps import Bench, _memory
+
+    bundle = tmp_path / "bundle"
+    toy.build(bundle)
+    model = onnx.load(bundle / "onnx" / "image.fp32.onnx")
+    ballast = numpy_helper.from_array(np.random.default_rng(0).random((12, 1_250_000), np.float32), "ballast")
+    model.graph.initializer.append(ballast)
+    final = model.graph.node[-1].output[0]
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(helper.make_node("MatMul", ["before", "ballast"], ["wide"]))
+    model.graph.node.append(helper.make_node("ReduceMin", ["wide"], ["least"], keepdims=1))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "nothing"))
+    model.graph.node.append(helper.make_node("Mul", ["least", "nothing"], ["zero"]))
+    model.graph.node.append(helper.make_node("Add", ["before", "zero"], [final]))
+    onnx.save(model, bundle / "onnx" / "image.fp32.onnx")
+    write_manifest(bundle, read_manifest(bundle, verify=False))
+    subject = Subject(bundle, 1, draw_inputs(1))
+    (row,) = _memory(Bench(BenchConfig(bundle=bundle), subject, {}), "image_tower", "image-onnx-fp32")
+    code = f"""
+import numpy as np, runtime
+from pathlib import Path
+from runtime.encoder import open_artefact
+manifest = runtime.read_manifest(Path({str(bundle)!r}), verify=False)
+tower = open_artefact(Path({str(bundle)!r}), manifest, manifest.artefact("image-onnx-fp32"), 1)
+for _ in range(10):
+    tower.run(np.zeros((1, 3, 16, 16), np.float32))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024)
+"""
+    alone = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert alone > 100e6  # the weights, read and packed
+    assert row["samples"][0] == pytest.approx(alone, rel=0.03)
+    assert 0 < row["figures"]["resident_bytes"] <= row["samples"][0]
+
+
+@pytest.mark.usefixtures("quick_children")
+def test_modes_have_lines_of_their_own_and_are_not_measured_twice(toy_bundle: Path, tmp_path: Path) -> None:
+    config = BenchConfig(
+        bundle=toy_bundle, out=tmp_path / "r.jsonl", seconds=0.02, modes=("single", "offline", "burst", "sustained", "duty"), batch=4,
+        mode_plan=ModePlan(rest=0.01, sustained=0.3, period=0.004, queries=64),
+    )  # fmt: skip
+    summary = bench(config)
+    rows = {(row["settings"].get("mode"), row["phase"]): row for row in read_results([config.out]) if row["kind"] == "latency"}
+    for tower in ("image_tower", "text_tower"):
+        offline, burst, sustained, duty = (rows[mode, tower] for mode in ("offline", "burst", "sustained", "duty"))
+        assert offline["settings"]["batch"] == 4
+        assert offline["figures"]["per_second"] == pytest.approx(4e9 / offline["summary"]["p50"])
+        assert len(burst["samples"]) == 50
+        assert burst["figures"]["first_ns"] == burst["samples"][0]
+        assert sustained["figures"]["seconds"] >= 0.3
+        assert sustained["figures"]["energy"]["joules"] is not None or sustained["figures"]["energy"]["reason"]
+        assert len(duty["samples"]) == 64
+        assert duty["settings"]["mode"] == "duty"
+    assert any("(duty)" in name for name in summary["latency_ms"])
+    assert bench(config)["lines_measured"] == 0
+    with pytest.raises(DeviceError, match="--modes"):
+        BenchConfig(bundle=toy_bundle, modes=("fast",))
+
+
+def test_the_gate_ends_with_its_exit_code(toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The candidate's image tower does forty times the work: the gate fails on it, and says on what."""
+    slow = tmp_path / "slow"
+    toy.build(slow, name="slow")
+    model = onnx.load(slow / "onnx" / "image.fp32.onnx")
+    final = model.graph.node[-1].output[0]
+    model.graph.node[-1].output[0] = "before"
+    wide = numpy_helper.from_array(np.zeros((12, 400_000), np.float32), "wide")
+    model.graph.initializer.extend([wide])
+    model.graph.node.extend([
+        helper.make_node("MatMul", ["before", "wide"], ["product"]),
+        helper.make_node("ReduceMax", ["product"], ["zero"], keepdims=1),
+        helper.make_node("Add", ["before", "zero"], [final]),
+    ])  # fmt: skip
+    onnx.save(model, slow / "onnx" / "image.fp32.onnx")
+    write_manifest(slow, read_manifest(slow, verify=False))
+    common = ["--compare", "--seconds", "0.1", "--json", "--gate", "1.5", "--phases", "image_tower"]
+    assert main([str(toy_bundle), str(slow), "--out", str(tmp_path / "a.jsonl"), *common]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["gate"]["verdict"] == "fail"
+    assert "image tower" in found["gate"]["sentence"]
+    assert main([str(slow), str(toy_bundle), "--out", str(tmp_path / "b.jsonl"), *common]) == 0
+    with pytest.raises(SystemExit):
+        main([str(toy_bundle), "--gate", "1.05"])
+
+
+def test_numpy_s_own_products_keep_to_the_threads() -> None:
+    """In a process of its own: one thread's worth of processor time passes, not all cores'."""
+    code = """
+import time, numpy as np
+from benchmarks.phases import hold_blas
+held = hold_blas(1)
+a = np.ones((900, 900), np.float32)
+for _ in range(3): a @ a
+wall, used = time.perf_counter(), time.process_time()
+while time.perf_counter() - wall < 0.5: a @ a
+print(held, (time.process_time() - used) / (time.perf_counter() - wall))
+"""
+    held, cores = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert held == "False" or float(cores) < 1.15

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.measure import MeasureError, Plan, aa_report, aa_test, block_length, compare, interleave, judge, measure, summarise
+from benchmarks.measure import MeasureError, Plan, interleave, measure, summarise
+from benchmarks.ratios import aa_report, aa_test, block_length, compare, compare_unpaired, gate, judge
 
 
 def autoregressive(rng: np.random.Generator, n: int, rho: float) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_pretending_independence_would_be_too_narrow() -> None:
         ratio = compare(first, second, resamples=600, seed=run)
         honest += ratio.low <= 1 <= ratio.high
         rows = rng.integers(0, 200, size=(600, 200))
-        low, high = np.quantile(np.median(second[rows], axis=1) / np.median(first[rows], axis=1), [0.005, 0.995])
+        low, high = np.quantile(np.median((second / first)[rows], axis=1), [0.005, 0.995])
         naive += low <= 1 <= high
     assert naive <= 0.85 * 80
     assert honest >= 0.92 * 80
@@ -112,11 +113,11 @@ def test_two_percent_with_a_wide_interval_is_not_called() -> None:
 
 def test_block_length_follows_the_dependence() -> None:
     rng = np.random.default_rng(4)
-    independent = block_length(*(rng.random(400) for _ in "ab"))
-    dependent = block_length(*(autoregressive(rng, 400, 0.95) for _ in "ab"))
+    independent = block_length(rng.random(400))
+    dependent = block_length(autoregressive(rng, 400, 0.95))
     assert independent <= 12
     assert dependent > 2 * independent
-    assert block_length(np.full(50, 5.0), np.full(50, 5.0)) >= 1
+    assert block_length(np.full(50, 5.0)) >= 1
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -238,3 +239,75 @@ def test_bad_samples_are_refused() -> None:
         interleave({}, Plan())
     with pytest.raises(MeasureError, match="at least one run"):
         aa_test(lambda i: None, Plan(), runs=0)
+
+
+def test_unpaired_runs_widen_by_what_differs_between_them() -> None:
+    """Runs that each sit 3 % higher or lower than the next: three of them a side know that, one does not, and both are honest about what they speak of."""
+    rng = np.random.default_rng(8)
+    called = {1: 0, 5: 0}
+    for trial in range(60):
+        runs = [[(5e6 * np.exp(0.02 * rng.standard_normal() + 0.01 * rng.standard_normal(200))).astype(np.int64) for _ in range(5)] for _ in "ab"]
+        for count in called:
+            ratio = compare_unpaired(runs[0][:count], runs[1][:count], resamples=500, seed=trial)
+            assert not ratio.paired
+            assert "unpaired" in ratio.sentence()
+            called[count] += ratio.verdict != "no difference"
+    assert called[5] <= 3
+    assert called[1] > 20
+
+
+def test_unpaired_finds_a_large_difference_and_its_size() -> None:
+    rng = np.random.default_rng(4)
+    first, second = ([(scale * 5e6 * np.exp(0.03 * autoregressive(rng, 300, 0.5))).astype(np.int64) for _ in range(4)] for scale in (1.0, 1.1))
+    ratio = compare_unpaired(first, second)
+    assert ratio.verdict == "slower"
+    assert ratio.value == pytest.approx(1.1, abs=0.01)
+    assert ratio.low < 1.1 < ratio.high
+    assert compare_unpaired(first[:1], second[:1]).verdict == "slower"
+    with pytest.raises(MeasureError, match="at least 10 samples"):
+        compare_unpaired([first[0][:9]], second)
+
+
+def test_the_gate_passes_fails_or_says_that_it_cannot_tell() -> None:
+    rng = np.random.default_rng(6)
+
+    def ratio_of(scale: float, noise: float, n: int) -> object:
+        pair = [(5e6 * factor * np.exp(noise * rng.standard_normal(n))).astype(np.int64) for factor in (1.0, scale)]
+        return compare(*pair)
+
+    assert gate(ratio_of(1.0, 0.01, 400), 1.05)[0] == "pass"
+    assert gate(ratio_of(1.03, 0.01, 400), 1.05)[0] == "pass"  # slower, but within what is let through
+    assert gate(ratio_of(1.10, 0.01, 400), 1.05)[0] == "fail"
+    verdict, why = gate(ratio_of(1.05, 0.3, 40), 1.05)
+    assert verdict == "undecided"
+    assert "measure for longer" in why
+    with pytest.raises(MeasureError, match="--gate"):
+        gate(ratio_of(1.0, 0.01, 20), 0.5)
+
+
+def test_a_clock_that_stands_still_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: 5)
+    with pytest.raises(MeasureError, match="the clock"):
+        interleave({"f": lambda i: None}, Plan(warmup=0, min_samples=10, max_samples=10, seconds=0))
+
+
+def test_what_differs_between_openings_is_not_called() -> None:
+    """Each opening puts one side a few percent ahead or behind, as the place of weights in memory does."""
+    rng = np.random.default_rng(12)
+    covered = known = found = 0
+    for trial in range(100):
+        parts: list[list[np.ndarray]] = [[], []]
+        for _ in range(12):
+            for part in parts:
+                part.append(5e6 * np.exp(0.015 * rng.standard_normal() + 0.01 * rng.standard_normal(40)))
+        first, second = (np.concatenate(part).astype(np.int64) for part in parts)
+        pairs, openings = (compare(first, second, groups=groups, resamples=300, seed=trial) for groups in (None, [40] * 12))
+        assert openings.low <= pairs.low <= pairs.high <= openings.high
+        covered += openings.low <= 1 <= openings.high
+        known += openings.verdict != "no difference"
+        found += compare(first, (second * 1.1).astype(np.int64), groups=[40] * 12, resamples=300, seed=trial).verdict == "slower"
+    assert covered >= 96
+    assert known <= 1
+    assert found >= 95
+    with pytest.raises(MeasureError, match="openings"):
+        compare(first, second, groups=[40] * 5)

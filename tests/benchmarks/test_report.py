@@ -68,7 +68,7 @@ def page(html: str) -> Page:
 
 def test_every_section_is_there(page: Page) -> None:
     assert [section["id"] for section in page.all("section")] == [
-        "pictures", "retrieval", "accuracy", "training", "cost", "latency", "parity", "time", "method", "unmeasured",
+        "pictures", "retrieval", "accuracy", "training", "cost", "latency", "devices", "comparisons", "parity", "time", "method", "unmeasured",
     ]  # fmt: skip
     linked = [a["href"] for a in page.all("a") if str(a.get("href")).startswith("#")]
     ids = {attributes.get("id") for _, attributes in page.tags}
@@ -174,11 +174,11 @@ def test_results_alone_make_a_report(run_folder: Path, tmp_path: Path, capsys: p
     output = tmp_path / "deep" / "r.html"
     assert main([str(run_folder / "results.jsonl"), "-o", str(output), "--title", "Only times", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["sections"] == ["latency", "method", "unmeasured"]
+    assert printed["sections"] == ["latency", "devices", "comparisons", "method", "unmeasured"]
     assert "Only times" in Page(output.read_text(encoding="utf-8")).text
     assert os.listdir(output.parent) == ["r.html"]
     assert main([str(run_folder / "results.jsonl"), "--run", str(run_folder), "-o", str(output)]) == 0
-    assert "10 sections" in capsys.readouterr().out
+    assert "12 sections" in capsys.readouterr().out
 
 
 def test_training_curves(page: Page) -> None:
