@@ -143,7 +143,7 @@ def _pictures(config: RuntimeConfig, place: Layout, out: Path) -> dict[str, Any]
     bundle = _shaped(out)
     model, _, transform = open_clip.create_model_and_transforms(PEER)
     model.eval()
-    kinds = {"photo": (1.6, 90), "smooth": (0.0, 90)}
+    kinds = {"photo": (1.3, 86), "smooth": (0.0, 86)}
     files = {kind: [jpeg(photo(seed, detail=detail), quality) for seed in range(config.photos)] for kind, (detail, quality) in kinds.items()}
     best, exact = runtime.load(bundle, threads=1), runtime.load(bundle, threads=1, prefer="fp32")
     quick = {"quick": runtime.load(bundle, threads=1, oversampling=2), "quick_fp32": runtime.load(bundle, threads=1, prefer="fp32", oversampling=2)}
