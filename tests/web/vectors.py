@@ -44,6 +44,21 @@ def texts(seed: int, count: int = TEXTS) -> list[str]:
     return [*PLAIN, *odd_texts(count, seed=seed), *entities, "ab" * 20000, "猫" * 3000, "e\u0301" * 50]
 
 
+def mended(seed: int, count: int = 400) -> list[str]:
+    """Texts that ftfy mends character by character: controls, ligatures, widths, line breaks, escapes, tags before entities; some of them mojibake."""
+    rng = random.Random(seed)
+    parts = ["ﬁsh", "ＬＯＵＤ", "ｶﾞ", "a\u0007b", "\x1b[36;44mred\x1b[0m", "“x”", "ŉ", "ǅ", "\ufeffx", "\u206ay", "e\u0301", "&eacute;", "&EACUTE;", "<b>", "a\x85b", "x\u2028", "schÃ¶n"]
+    parts += ["\n", "\r\n", "\r", "\ufffc", "３", "‘s", "\u3000", "İ", "ΑΣ", "\u0345", "tail", "&amp;lt;", "&#150;", "€5", "½"]
+    return ["".join(rng.choice(parts) + rng.choice(["", " "]) for _ in range(rng.randrange(1, 7))) for _ in range(count)]
+
+
+def every_character() -> list[str]:
+    """Each assigned character between two letters, once, but for the large blocks of Han, Hangul and private use."""
+    large = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x110000))
+    points = [chr(n) for n in range(0x110000) if unicodedata.category(chr(n)) not in ("Cn", "Cs", "Co") and not any(n in block for block in large)]
+    return [" ".join(f"a{c}b" for c in points[n : n + 6]) for n in range(0, len(points), 6)]
+
+
 def write_texts(folder: Path, bundles: list[Path], count: int) -> None:
     """folder/texts-N.json: tokenizer file, settings, texts and their rows, for CLIP's vocabulary in two sizes, a WordPiece one, and those of the bundles."""
     merges = Path(str(files("open_clip"))) / "bpe_simple_vocab_16e6.txt.gz"
@@ -58,7 +73,8 @@ def write_texts(folder: Path, bundles: list[Path], count: int) -> None:
     for n, (path, spec) in enumerate(cases):
         tokenizer = Tokenizer.open(path, spec["context_length"], spec["cleaning"], spec["pad_id"])
         # JSON has no lone surrogates that every reader takes; they are repaired anyway.
-        given = [text for text in texts(7 + n, count) if not any("\ud800" <= c <= "\udfff" or newer(c) for c in html.unescape(html.unescape(text)))]
+        rows = [*texts(7 + n, count), *mended(7 + n), *(every_character() if n in (0, 2) else [])]
+        given = [text for text in rows if not any("\ud800" <= c <= "\udfff" or newer(c) for c in html.unescape(html.unescape(text)))]
         document = {"tokenizer": str(path.resolve()), "spec": spec, "texts": given, "rows": tokenizer(given).tolist(), "trouble": [troubled(text) for text in given]}
         (folder / f"texts-{n}.json").write_text(json.dumps(document))
 
@@ -134,6 +150,10 @@ def write_files(folder: Path) -> None:
         made[f"exif-{orientation}.png"] = encoded(base, "PNG", exif=exif)
     made |= {"grey.png": encoded(base.convert("L"), "PNG"), "palette.png": encoded(base.quantize(12), "PNG"), "alpha.png": encoded(alpha, "PNG")}
     made |= {"lossless.webp": encoded(base, "WEBP", lossless=True), "alpha.webp": encoded(alpha, "WEBP", lossless=True, exact=True)}
+    palette = base.quantize(12)
+    made |= {"palette-alpha.png": encoded(palette, "PNG", transparency=bytes(range(0, 240, 20))), "palette-index.png": encoded(palette, "PNG", transparency=3)}
+    made |= {"colour-key.png": encoded(base, "PNG", transparency=base.getpixel((0, 0))), "two-colours.png": encoded(base.convert("1"), "PNG")}
+    made |= {"grey-16.png": encoded(Image.fromarray(rng.integers(0, 65536, (40, 50), np.uint16)), "PNG"), "grey-alpha.png": encoded(alpha.convert("LA"), "PNG")}
     made |= {"row.png": encoded(base.crop((0, 0, 72, 1)), "PNG")}
     entries = []
     for name, data in made.items():

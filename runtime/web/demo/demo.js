@@ -77,7 +77,7 @@ async function search() {
   const took = performance.now() - start;
   document.documentElement.dataset.queryMs = took.toFixed(1);
   const what = text ? `“${text}”` : `pictures like “${similarTo.name}”`;
-  const doubt = text && needsRepair(text) ? " This text may be damaged: Python would repair it first." : "";
+  const doubt = text && needsRepair(text) ? " This text may be damaged: Python might repair it first." : "";
   status.textContent = `${index.size} pictures sorted by ${what} in ${took.toFixed(0)} ms. Best: ${hits[0].data.name}.${doubt}`;
 }
 

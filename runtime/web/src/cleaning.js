@@ -1,6 +1,6 @@
 /**
- * What CLIP does to a text before it is split: HTML entities, one space, lower case. The repair of mojibake that Python leaves to ftfy is not written here:
- * `needsRepair` says which texts would need it.
+ * What CLIP does to a text before it is split: repair, HTML entities, one space, lower case. Of ftfy's repair all that looks at single characters is written
+ * here. What is not is its repair of mojibake ("schÃ¶n"), which weighs eleven character sets: `needsRepair` says which texts may call for it.
  */
 
 import { unescapeHtml, unescapeWhole } from "./entities.js";
@@ -9,40 +9,57 @@ import { unescapeHtml, unescapeWhole } from "./entities.js";
 const SPACE = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/u;
 const PLAIN = /^[\x20-\x25\x27-\x7e]*$/;
 
-const EXCLUDED =
-  "\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f-\\x9f" + // controls: removed, or the surest sign of mojibake
-  "ÂÃÎÐØÙŒœƒЂ" + // mojibake even beside ASCII, or beside ordinary letters
-  "ĲĳŉǄ-ǌǱ-ǳ\\ufb00-\\ufb06" + // ligatures that are taken apart
-  "\\u206a-\\u206f\\ufeff\\uff00-\\uffff" + // removed, or changed in width
-  "\\ud800-\\udfff\\ue000-\\uf8ff"; // surrogates, private use
-const CAPITALS = Array.from({ length: 0x180 - 0xc0 }, (_, n) => String.fromCharCode(0xc0 + n)).filter((c) => /\p{Lu}/u.test(c) && !EXCLUDED.includes(c)).join("");
+// What the bytes 80 to 9f mean in windows-1252, where they mean anything.
+const WINDOWS = "€\x81‚ƒ„…†‡ˆ‰Š‹Œ\x8dŽ\x8f\x90‘’“”•–—˜™š›œ\x9džŸ";
+/** @type {Record<string, string>} */
+const LIGATURES = {
+  Ĳ: "IJ", ĳ: "ij", ŉ: "ʼn", Ǳ: "DZ", ǲ: "Dz", ǳ: "dz", Ǆ: "DŽ", ǅ: "Dž", ǆ: "dž", Ǉ: "LJ", ǈ: "Lj", ǉ: "lj", Ǌ: "NJ", ǋ: "Nj", ǌ: "nj",
+  ﬀ: "ff", ﬁ: "fi", ﬂ: "fl", ﬃ: "ffi", ﬄ: "ffl", ﬅ: "ſt", ﬆ: "st",
+};
+const ALONE = "\\x80-\\x9fÂÃÎÐØÙŒœƒЂ\\ue000-\\uf8ff"; // mojibake even beside ASCII, or beside ordinary letters
+const CAPITALS = Array.from({ length: 0x180 - 0xc0 }, (_, n) => String.fromCharCode(0xc0 + n)).filter((c) => /\p{Lu}/u.test(c) && !`${ALONE}Ĳ`.includes(c)).join("");
 const EDGY =
   `¡-¬®-³µ¶¸-¿×÷${CAPITALS}ˆˇ\\u02d8-\\u02dd\\u0384\\u0385Ґ` + // signs of Latin-1, capitals, spacing accents
   "\\u2018\\u201a\\u201c-\\u201e\\u2020-\\u2022‰‹›\\u2044\\u20a0-\\u20cf№™" + // quotes, daggers, money
   "\\u2200-\\u22ff⌐\\u2500-\\u259f◊"; // mathematics, boxes
-const TROUBLE = new RegExp(`[${EXCLUDED}]|(?<=[^\\x00-\\x7f])[${EDGY}]|[${EDGY}](?=[^\\x00-\\x7f])`, "u");
+const TROUBLE = new RegExp(`[${ALONE}]|(?<=[^\\x00-\\x7f])[${EDGY}]|[${EDGY}](?=[^\\x00-\\x7f])`, "u");
 
-/** Quotes straightened and characters composed, as ftfy does where nothing has to be repaired. @param {string} text */
-const composed = (text) => text.replace(/[\u02bc\u2018\u2019\u201a\u201b]/g, "'").replace(/[\u201c-\u201f]/g, '"').normalize("NFC");
+/** One round of ftfy's steps on single characters. @param {string} text */
+const mended = (text) =>
+  text
+    .replace(/[\x80-\x9f]/g, (c) => WINDOWS[c.charCodeAt(0) - 0x80])
+    .replace(/[ĲĳŉǄ-ǌǱ-ǳ\ufb00-\ufb06]/g, (c) => LIGATURES[c])
+    .replace(/[\u3000\uff01-\uffef]/g, (c) => c.normalize("NFKC"))
+    .replace(/[\u201c-\u201f]/g, '"')
+    .replace(/[\u02bc\u2018-\u201b]/g, "'")
+    .replace(/\r\n|[\r\u2028\u2029\x85]/g, "\n")
+    .replace(/\p{Surrogate}/gu, "\ufffd")
+    .replace(/\x1b\[[\d;]*[a-zA-Z]/g, "")
+    .replace(/[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]/g, "")
+    .normalize("NFC");
 
-/** ftfy's part, as far as it is written: {text, whether the rest would be needed}. @param {string} text */
+/** ftfy's part, line by line until nothing changes: {text, whether it may be mojibake}. @param {string} text */
 function ftfyPart(text) {
-  // ftfy leaves entities alone where there may be a tag.
-  const resolve = !text.includes("<");
+  let whole = "";
   let trouble = false;
-  for (let round = 0; round < 100; round++) {
-    const before = text;
-    if (resolve) text = unescapeWhole(text);
-    trouble ||= TROUBLE.test(text);
-    text = composed(text);
-    if (text === before) break;
+  // From the first line on where there may be a tag, ftfy leaves entities alone.
+  let resolve = true;
+  for (let line of text.split(/(?<=\n)/)) {
+    resolve &&= !line.includes("<");
+    for (let before = null; before !== line; ) {
+      before = line;
+      if (resolve) line = unescapeWhole(line);
+      trouble ||= TROUBLE.test(line);
+      line = mended(line);
+    }
+    whole += line;
   }
-  return { text, trouble };
+  return { text: whole, trouble };
 }
 
 /**
- * Whether Python would repair this text (mojibake, ligatures, controls, odd widths), which this package does not: its tokens may differ.
- * It errs on the safe side: some of these texts come out of the repair as they went in.
+ * Whether Python might repair the character set of this text, which this package does not: its tokens may differ.
+ * It errs on the safe side: most of these texts come out of the repair as they went in.
  * @param {string} text @returns {boolean}
  */
 export const needsRepair = (text) => !PLAIN.test(text) && ftfyPart(text).trouble;
