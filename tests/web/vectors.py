@@ -47,8 +47,8 @@ def texts(seed: int, count: int = TEXTS) -> list[str]:
 def mended(seed: int, count: int = 400) -> list[str]:
     """Texts that ftfy mends character by character: controls, ligatures, widths, line breaks, escapes, tags before entities; some of them mojibake."""
     rng = random.Random(seed)
-    parts = ["ﬁsh", "ＬＯＵＤ", "ｶﾞ", "a\u0007b", "\x1b[36;44mred\x1b[0m", "“x”", "ŉ", "ǅ", "\ufeffx", "\u206ay", "e\u0301", "&eacute;", "&EACUTE;", "<b>", "a\x85b", "x\u2028", "schÃ¶n"]
-    parts += ["\n", "\r\n", "\r", "\ufffc", "３", "‘s", "\u3000", "İ", "ΑΣ", "\u0345", "tail", "&amp;lt;", "&#150;", "€5", "½"]
+    parts = ["ﬁsh", "ＬＯＵＤ", "ｶﾞ", "a\u0007b", "\x1b[36;44mred\x1b[0m", "“x”", "ŉ", "ǅ", "\ufeffx", "\u206ay", "e\u0301", "&eacute;", "&EACUTE;", "<b>", "a\x85b", "x\u2028"]
+    parts += ["schÃ¶n", "\n", "\r\n", "\r", "\ufffc", "３", "‘s", "\u3000", "İ", "ΑΣ", "\u0345", "tail", "&amp;lt;", "&#150;", "€5", "½"]
     return ["".join(rng.choice(parts) + rng.choice(["", " "]) for _ in range(rng.randrange(1, 7))) for _ in range(count)]
 
 
