@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks.bench_compare import MOST_OPENINGS, OPENINGS, narrow
 from benchmarks.ratios import compare
@@ -40,6 +41,7 @@ def test_on_restless_machines_equals_are_silent_and_five_percent_are_called() ->
     assert made["planted_covered"] >= 95
 
 
+@pytest.mark.slow
 def test_a_small_run_is_kept_and_goes_on(toy_bundle: Path, tmp_path: Path) -> None:
     config = PowerConfig(bundle=str(toy_bundle), out=str(tmp_path / "out"), milliseconds=0.05, comparisons=2, pairs=120)
     first = run_power(config)

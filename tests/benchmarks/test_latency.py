@@ -141,6 +141,7 @@ def test_another_bundle_in_the_same_file_is_measured(measured: tuple[Path, dict[
     assert {row["bundle"]["name"] for row in read_results([out])} == {"toy", "other"}
 
 
+@pytest.mark.slow
 def test_two_bundles_are_compared_phase_by_phase(toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy.build(tmp_path / "b", name="candidate")
     out = tmp_path / "compare.jsonl"
