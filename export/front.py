@@ -48,7 +48,7 @@ def arms_of(tower: Tower, model: onnx.ModelProto, rows: np.ndarray, half: onnx.M
         searched: name to graph of the forms that the search built.
         folder: for files that runtimes want.
     """
-    base = serialize(model)
+    base, convolutions = serialize(model), any(node.op_type == "Conv" for node in model.graph.node)
     arms = [Arm(name="float32", runtime="onnx", run=OnnxEncoder(base), bytes=len(base))]
     stored = serialize(half)
     arms.append(Arm(name="float16", runtime="onnx", run=OnnxEncoder(stored, full=False), bytes=len(stored)))
@@ -58,7 +58,7 @@ def arms_of(tower: Tower, model: onnx.ModelProto, rows: np.ndarray, half: onnx.M
         if made is not None:
             arms.append(Arm(name=name, runtime="onnx", run=OnnxEncoder(made), bytes=len(made)))
     arms += _nncf(model, rows, folder / "nncf")
-    grouped = None if any(node.op_type == "Conv" for node in model.graph.node) else grouped_encoder(base, folder / "grouped")
+    grouped = None if convolutions else grouped_encoder(base, folder / "grouped")
     if grouped is not None:
         arms.append(Arm(name="int8 weights, activations by groups", runtime="openvino", run=grouped[0], bytes=grouped[1]))
     blocks = serialize(quantize_blocks(model, bits=4, block=BLOCK_4, tables=True))
@@ -66,7 +66,7 @@ def arms_of(tower: Tower, model: onnx.ModelProto, rows: np.ndarray, half: onnx.M
         arms.append(Arm(name="4-bit weights", runtime="onnx", run=OnnxEncoder(blocks), bytes=len(blocks)))
     for place, (name, data) in enumerate(searched.items()):
         arms.append(Arm(name=name, runtime="onnx", run=OnnxEncoder(data), bytes=len(data)))
-        if any(node.op_type == "Conv" for node in model.graph.node):
+        if convolutions:
             arms += [Arm(name=name, runtime=other, run=run, bytes=len(data)) for other, run in openvino_encoders(data, folder / f"searched{place}").items()]
     return arms
 

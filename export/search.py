@@ -133,10 +133,6 @@ class Search:
             self.say(f"{self.tower}: a sudden drop below {kept} layers float: 1 - centred cosine goes from {losses[place - 1]:.4f} to {losses[place]:.4f}")
         return self._timed(rungs)
 
-    def _grouped(self, folder: Path) -> tuple[Any, int] | None:
-        """A tower of matrix products under OpenVINO, with its bytes; None for one of convolutions, or where OpenVINO is not installed."""
-        return None if self._convolutions else grouped_encoder(serialize(self.model), folder)
-
     def _once(self, kind: str, settings: dict[str, Any], measure_it: Callable[[], Any]) -> Any:
         key = hashlib.sha256(json.dumps([self._world, kind, settings], sort_keys=True).encode()).hexdigest()[:24]
         if key not in self._known:
@@ -239,7 +235,7 @@ class Search:
                 encoders[place, "onnx"] = OnnxEncoder(data)
                 if self._convolutions:
                     encoders |= {(place, name): encoder for name, encoder in openvino_encoders(data, Path(folder) / str(place)).items()}
-            grouped = self._grouped(Path(folder) / "grouped")
+            grouped = None if self._convolutions else grouped_encoder(base, Path(folder) / "grouped")
             if grouped is not None:
                 encoders[len(rungs), "openvino"], size = grouped
                 sizes.append(size)

@@ -230,7 +230,11 @@ class Clip:
         return selfcheck(self.folder, threads=self._threads, artefacts=[choice.id for choice in self.choice.values()])
 
     def _found(self, tower: str) -> Findings | None:
-        return self._notes.findings(f"{tower}, {self._threads} threads, {self._prefer[tower]}") if self._measure else NOTHING
+        return self._notes.findings(self._question(tower)) if self._measure else NOTHING
+
+    def _question(self, tower: str) -> str:
+        """What findings are kept under: they hold for as many threads and for the same field."""
+        return f"{tower}, {self._threads} threads, {self._prefer[tower]}"
 
     def _open(self, tower: str) -> tuple[Tower, Artefact]:
         """The tower's session; at its first use on this machine, the best artefact is found out."""
@@ -261,7 +265,7 @@ class Clip:
         found = try_out(self.manifest, self.folder, field, open_it, run, timed=len(field) > 1)
         self.choice[tower] = choose(self.manifest, tower, self._prefer[tower], found)
         self._notes.verify(self.manifest, self.manifest.artefact(self.choice[tower].id))
-        self._notes.keep(f"{tower}, {self._threads} threads, {self._prefer[tower]}", found)
+        self._notes.keep(self._question(tower), found)
 
     def _run(self, tower: str, inputs: np.ndarray, most: int) -> np.ndarray:
         if not len(inputs):

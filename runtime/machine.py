@@ -7,6 +7,7 @@ held is found out again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -114,7 +115,7 @@ def try_out(manifest: Manifest, folder: Path, field: list[Artefact], open_it: Op
         field: artefacts of one tower; the fastest few by the manifest are tried.
         timed: False: only look at what they compute.
     """
-    from runtime.selfcheck import read_golden
+    from runtime.selfcheck import compared, read_golden, shortfall
 
     golden = read_golden(folder, manifest)
     image = field[0].tower == "image"
@@ -127,15 +128,17 @@ def try_out(manifest: Manifest, folder: Path, field: list[Artefact], open_it: Op
         try:
             tower = open_it(artefact)
             found = run(tower, artefact, inputs[:GOLDEN])
-            problem = _differs(found, wanted[:GOLDEN], artefact.cosine_threshold)
+            figures = compared(found, wanted[:GOLDEN])
+            problem = shortfall(figures["cosine_min"], figures["norm_error"], artefact.cosine_threshold)
         except ClipError as error:
             problem = str(error)
         if problem is not None:
             failed[artefact.id] = f"failed the golden check on this machine: {problem}"
             warnings.warn(f"{artefact.id} of the bundle '{manifest.name}' is not used here: {problem}", RuntimeWarning, stacklevel=4)
             continue
-        milliseconds[artefact.id] = round(_median(lambda tower=tower, artefact=artefact: run(tower, artefact, inputs[:1])), 4) if timed else artefact.p50_ms  # type: ignore[misc]
-    return Findings(milliseconds=milliseconds if timed else {}, failed=failed)
+        if timed:
+            milliseconds[artefact.id] = round(_median(functools.partial(run, tower, artefact, inputs[:1])), 4)
+    return Findings(milliseconds=milliseconds, failed=failed)
 
 
 def _median(run: Callable[[], Any]) -> float:
@@ -148,16 +151,6 @@ def _median(run: Callable[[], Any]) -> float:
         run()
         times.append(time.perf_counter() - began)
     return float(np.median(times)) * 1e3
-
-
-def _differs(found: np.ndarray, wanted: np.ndarray, least: float) -> str | None:
-    norms = np.linalg.norm(found, axis=1)
-    cosine = float(((found * wanted).sum(axis=1) / np.maximum(norms * np.linalg.norm(wanted, axis=1), 1e-12)).min())
-    if not cosine >= least:
-        return f"its least cosine to the checkpoint's golden embeddings is {cosine:.5f}, expected at least {least:g}"
-    if np.abs(norms - 1).max() > 1e-2:
-        return f"its embeddings have norms that differ from 1 by up to {np.abs(norms - 1).max():.3f}"
-    return None
 
 
 def machine() -> str:

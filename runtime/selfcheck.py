@@ -211,22 +211,28 @@ def _check(folder: Path, manifest: Manifest, artefact: Artefact, golden: Golden,
         found = run_tower(open_artefact(folder, manifest, artefact, threads), artefact, inputs, manifest.embed_dim, 32, manifest)
     except ClipError as error:
         return {**entry, "ok": False, "how": "run", "cosine_min": None, "reason": str(error)}
+    return _judge({**entry, "how": "run", **compared(found, wanted), "recorded_cosine_min": recorded})
+
+
+def compared(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """How far embeddings (N, D) are from the golden ones: "cosine_min", "cosine_mean", "max_abs", "norm_error"."""
     norms = np.linalg.norm(found, axis=1)
     cosines = (found.astype(np.float64) * wanted).sum(axis=1) / np.maximum(norms * np.linalg.norm(wanted, axis=1), 1e-12)
-    figures = {
+    return {
         "cosine_min": float(cosines.min()),
         "cosine_mean": float(cosines.mean()),
         "max_abs": float(np.abs(found - wanted).max()),
         "norm_error": float(np.abs(norms - 1).max()),
-        "recorded_cosine_min": recorded,
     }
-    return _judge({**entry, "how": "run", **figures})
+
+
+def shortfall(cosine_min: float | None, norm_error: float, least: float) -> str | None:
+    """Why an artefact may not be used, in a clause; None when it may."""
+    if cosine_min is None or not cosine_min >= least:
+        return f"its least cosine to the checkpoint is {cosine_min}, expected at least {least}"
+    return f"its embeddings have norms that differ from 1 by up to {norm_error:.3f}" if norm_error > 1e-2 else None
 
 
 def _judge(entry: dict[str, Any]) -> dict[str, Any]:
-    value, least = entry["cosine_min"], entry["threshold"]
-    good = value is not None and value >= least
-    reason = None if good else f"its least cosine to the checkpoint is {value}, expected at least {least}"
-    if good and entry.get("norm_error", 0.0) > 1e-2:
-        good, reason = False, f"its embeddings have norms that differ from 1 by up to {entry['norm_error']:.3f}"
-    return {**entry, "ok": good, "reason": reason if reason else entry["reason"]}
+    reason = shortfall(entry["cosine_min"], entry.get("norm_error", 0.0), entry["threshold"])
+    return {**entry, "ok": reason is None, "reason": reason or entry["reason"]}

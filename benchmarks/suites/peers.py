@@ -34,6 +34,7 @@ from benchmarks.inputs import draw_inputs
 from benchmarks.measure import Plan, summarise, take
 from benchmarks.ratios import compare
 from benchmarks.results import append_results, line
+from benchmarks.suites.runtime_inputs import settled
 from benchmarks.suites.stages import Stages
 from export.draft import Job
 from export.to_onnx import plain_attention, quiet
@@ -114,19 +115,13 @@ def run_peers(config: PeersConfig) -> dict[str, Any]:
 def _checkpoint(folder: Path, seed: int) -> Path:
     """Seeded random weights whose embeddings differ between inputs: fresh BatchNorm statistics would make all of them equal."""
     if not (folder / "receipt.json").is_file():
-        torch.manual_seed(seed)
-        model = ImageTextModel(preset(MODEL))
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.reset_running_stats()
-                module.momentum = None
-        model.train()
+        config = preset(MODEL)
+        model = settled(config, structured_images(32, config.image.image_size, seed=5), seed)
         with torch.no_grad():
-            model.image(structured_images(32, model.config.image.image_size, seed=5))
             for parameter in model.text.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(1.5)
-        save_checkpoint(model.eval(), folder)
+        save_checkpoint(model, folder)
     return folder
 
 

@@ -79,8 +79,8 @@ def large_drawings(count: int) -> list[bytes]:
     return files
 
 
-def settled(config: ModelConfig, seed: int = 0) -> ImageTextModel:
-    """Random weights whose batch norms have seen pictures, so that embeddings differ."""
+def settled(config: ModelConfig, pixels: torch.Tensor, seed: int = 0) -> ImageTextModel:
+    """Random weights whose batch norms have seen `pixels`: fresh statistics would make all embeddings equal."""
     torch.manual_seed(seed)
     model = ImageTextModel(config)
     for module in model.modules():
@@ -89,7 +89,7 @@ def settled(config: ModelConfig, seed: int = 0) -> ImageTextModel:
             module.momentum = None  # type: ignore[assignment]
     model.train()
     with torch.no_grad():
-        model.image(torch.from_numpy(_views(config, 24)))
+        model.image(pixels)
     return model.eval()
 
 
@@ -103,7 +103,7 @@ def random_bundle(config: ModelConfig, folder: Path) -> Path:
     It is for times, sizes and starts. Every int8 artefact carries the least cosine that it reaches as its own threshold: weights that were never trained have nothing
     that rounding could spoil or keep. OpenVINO's int8 keeps bfloat16 between the int8 layers where the processor has it.
     """
-    model = reparameterize(settled(config))[0]
+    model = reparameterize(settled(config, torch.from_numpy(_views(config, 24))))[0]
     pixels, texts = _views(config, 12), [f"{text}, number {n}" for n in range(3) for text in TEXTS]
     folder.mkdir(parents=True)
     build_tokenizer(config.text.vocab_size, folder / "tokenizer.json")
