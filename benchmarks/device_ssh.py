@@ -22,7 +22,7 @@ from .devices import DeviceSettings, Stream, blame, lines_of
 from .results import Line, check
 
 OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-T")
-NEEDED = ("numpy", "PIL", "onnxruntime", "tokenizers", "ftfy", "safetensors")
+NEEDED = ("numpy", "PIL", "onnxruntime", "ftfy", "safetensors")
 PROBE = """
 import importlib.util, json, os, shutil, sys, tempfile
 found = [name for name in %r if importlib.util.find_spec(name) is not None]

@@ -4,8 +4,9 @@
 
 The towers are MobileCLIP2-S0's, from seeded random weights whose BatchNorm statistics are calibrated (open_clip 3.3 knows this model; it has no
 MobileCLIP-S0, whose text tower is another). Ours is what `mclip export` makes of them and `runtime.load` picks. Each peer is given what its own
-documentation tells a user to do: folded branches in eager torch and torch.compile, a plain `torch.onnx.export` for ONNX Runtime, OpenVINO by its own
-converter at its default precision and held to float32, ExecuTorch on XNNPACK, LiteRT. Whoever takes one input at a time runs a batch one by one.
+documentation tells a user to do: folded branches in eager torch and torch.compile, a plain `torch.onnx.export` for ONNX Runtime and for onnxruntime-web
+(in Chromium, by the clock of its page), OpenVINO by its own converter at its default precision and held to float32, ExecuTorch on XNNPACK, LiteRT. Whoever takes one
+input at a time runs a batch one by one.
 Parity is the least cosine to eager float32 torch, over all inputs that are timed, of raw embeddings and of embeddings without their mean.
 """
 
@@ -34,6 +35,7 @@ from benchmarks.inputs import draw_inputs
 from benchmarks.measure import Plan, summarise, take
 from benchmarks.ratios import compare
 from benchmarks.results import append_results, line
+from benchmarks.suites.peer_browser import browser_peer
 from benchmarks.suites.runtime_inputs import settled
 from benchmarks.suites.stages import Stages
 from export.draft import Job
@@ -92,8 +94,8 @@ def run_peers(config: PeersConfig) -> dict[str, Any]:
     tables: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     for tower in TOWERS:
-        with tempfile.TemporaryDirectory() as scratch:
-            openers = dict(_openers(tower, model, checkpoint, out, rows, Path(scratch), config, absent))
+        with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+            openers = dict(_openers(tower, model, checkpoint, out, rows, Path(scratch), config, absent, stack))
             truth = encoder_of(reparameterize(model)[0], tower)
             with torch.no_grad():
                 wanted = truth(torch.from_numpy(rows[tower])).numpy()
@@ -133,8 +135,9 @@ def _inputs(model: ImageTextModel, checkpoint: Path) -> dict[Tower, np.ndarray]:
 
 
 def _openers(
-    tower: Tower, model: ImageTextModel, checkpoint: Path, out: Path, rows: dict[Tower, np.ndarray], scratch: Path, config: PeersConfig, absent: dict[str, str]
-) -> Iterator[tuple[str, Opener]]:
+    tower: Tower, model: ImageTextModel, checkpoint: Path, out: Path, rows: dict[Tower, np.ndarray], scratch: Path, config: PeersConfig, absent: dict[str, str],
+    stack: contextlib.ExitStack,
+) -> Iterator[tuple[str, Opener]]:  # fmt: skip
     """Whoever is installed and takes the tower; the others go into `absent` with the reason."""
     samples = Samples(keys=("0",) * 8, captions=("",) * 8, pixels=rows["image"], tokens=rows["text"])
     job = Job(model=reparameterize(model)[0], tower=tower, calibration=samples, folder=scratch)
@@ -144,12 +147,12 @@ def _openers(
         "torch eager": lambda: _eager(job.encoder()),
         "torch.compile": lambda: _compiled(job.encoder()),
         "ONNX Runtime": lambda: _onnx(job, scratch),
+        "onnxruntime-web": lambda: stack.enter_context(browser_peer())(_plain_graph(job, scratch), rows[tower]),
         "OpenVINO": lambda: _openvino(job, None),
         "OpenVINO float32": lambda: _openvino(job, "f32"),
         "ExecuTorch": lambda: _executorch(job, scratch),
         "LiteRT": lambda: _litert(job, scratch),
     }
-    absent["onnxruntime-web"] = "it runs in a browser, not in this process: mclip bench BUNDLE --device browser"
     for name, make in makers.items():
         if config.peers and name not in (*config.peers, OURS):
             continue
@@ -215,12 +218,20 @@ def _compiled(module: nn.Module) -> Opener:
     return opened
 
 
-def _onnx(job: Job, scratch: Path) -> Opener:
-    """What `torch.onnx.export` gives with nothing but the batch left open, in a session with nothing but the threads set."""
+def _plain_graph(job: Job, scratch: Path) -> Path:
+    """What `torch.onnx.export` gives with nothing but the batch left open."""
     path = scratch / f"{job.tower}.onnx"
-    example = torch.from_numpy(job.rows[:2].copy())
-    with plain_attention(), quiet("torch.onnx", "onnxscript"), contextlib.redirect_stdout(sys.stderr), torch.no_grad():
-        torch.onnx.export(job.encoder(), (example,), str(path), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), verbose=False)
+    if not path.is_file():
+        example = torch.from_numpy(job.rows[:2].copy())
+        with plain_attention(), quiet("torch.onnx", "onnxscript"), contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+            batch = {0: torch.export.Dim("batch", min=1, max=64)}
+            torch.onnx.export(job.encoder(), (example,), str(path), dynamic_shapes=(batch,), verbose=False, external_data=False)
+    return path
+
+
+def _onnx(job: Job, scratch: Path) -> Opener:
+    """The plain graph in a session with nothing but the threads set."""
+    path = _plain_graph(job, scratch)
 
     def opened(threads: int) -> Run:
         import onnxruntime
@@ -297,7 +308,7 @@ def _table(
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     found = {name: np.concatenate([run(rows[start : start + batch]) for start in range(0, len(rows), batch)]) for name, run in runs.items()}
     places = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    calls = {name: functools.partial(lambda turn, run: run(places[turn % len(places)]), run=run) for name, run in runs.items()}
+    calls = {name: functools.partial(lambda turn, run: run(places[turn % len(places)]), run=getattr(run, "timed", run)) for name, run in runs.items()}
     plan = Plan(warmup=3, settle=20, own=1, min_samples=config.rounds, max_samples=config.rounds, few_samples=10, seconds=0.0, max_seconds=3600.0, seed=config.seed)
     taken = take(calls, plan)
     gc.collect()
@@ -346,7 +357,7 @@ def _cosines(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _facts(threads: int) -> dict[str, Any]:
     facts = environment(threads)
-    for name in ("open_clip_torch", "openvino", "executorch", "ai-edge-litert"):
+    for name in ("open_clip_torch", "openvino", "executorch", "ai-edge-litert", "playwright"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts["packages"][name] = metadata.version(name)
     return facts

@@ -11,16 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.browser import find_chromium
 from tests.web.vectors import write_vectors
 
 HERE = Path(__file__).parent
 NODE_TESTS = ("vectors.test.js", "package.test.js")
-
-
-def find_chromium() -> str | None:
-    """The browser's program; CHROMIUM names another."""
-    named = os.environ.get("CHROMIUM")
-    return named if named else shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def run_node(tests: tuple[str, ...], vectors: Path, summary: Path, site: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.browser import find_chromium
 from runtime.errors import ClipError
 from runtime.web_server import HEADERS, main, open_server
-from tests.web.run import NODE_TESTS, find_chromium, run_node
+from tests.web.run import NODE_TESTS, run_node
 from tests.web.vectors import write_vectors
 
 ROOT = Path(__file__).parents[2]
