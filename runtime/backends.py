@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -138,6 +139,14 @@ BACKENDS: dict[str, Callable[..., Tower]] = {
 }
 NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai_edge_litert"}
 """Target to the module that runs it."""
+
+
+def return_memory() -> None:
+    """Hand back to the system what the heap has free. Reading a graph or a vocabulary leaves holes of its own size, and glibc keeps them."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and keep less
+        if trim is not None:
+            trim(0)
 
 
 def missing(target: str) -> str | None:

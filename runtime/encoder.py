@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends import BACKENDS, Tower, missing
+from runtime.backends import BACKENDS, Tower, missing, return_memory
 from runtime.choice import NOTHING, Findings, candidates, choose
 from runtime.errors import BundleError, DeviceError
 from runtime.machine import Notes, try_out
@@ -118,6 +118,7 @@ class Clip:
         text, path = self.manifest.text, self.folder / "tokenizer.json"
         self._notes.verify_file(self.manifest, "tokenizer.json")
         found = Tokenizer.from_bytes(path.read_bytes(), path, text.context_length, text.cleaning, text.pad_id)
+        return_memory()
         if found.vocab_size > text.vocab_size:
             raise BundleError(f"{self.folder}: tokenizer.json has {found.vocab_size} tokens, the text tower {text.vocab_size}; export the bundle again")
         return found
@@ -249,6 +250,7 @@ class Clip:
                     self._try_out(tower)
                 artefact = self.manifest.artefact(self.choice[tower].id)
                 self._towers[tower] = open_artefact(self.folder, self.manifest, artefact, self._threads), artefact
+                return_memory()
             return self._towers[tower]
 
     def _try_out(self, tower: str) -> None:
