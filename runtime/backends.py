@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,16 +67,9 @@ class OpenVinoTower:
     """A folder with OpenVINO IR on the CPU. Below fp32, floats are computed in what the processor is quickest in: bfloat16 where it has it."""
 
     def __init__(self, path: Path, threads: int | None, input: str, output: str, precision: str = "fp32") -> None:
-        # openvino reports its use to its maker unless this module cannot be imported.
-        hidden = sys.modules.get("openvino_telemetry")
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-        try:
+        with _unseen("openvino_telemetry"):  # with it, openvino reports its use to its maker
             import openvino
-        finally:
-            if hidden is None:
-                del sys.modules["openvino_telemetry"]
-            else:
-                sys.modules["openvino_telemetry"] = hidden
+
         hints: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads or available_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
         if precision == "fp32":
             hints["INFERENCE_PRECISION_HINT"] = "f32"
@@ -132,13 +126,57 @@ class LiteRtTower:
             return np.array(self._interpreter.get_tensor(self._out["index"]), np.float32)
 
 
+class CoreMlTower:
+    """A Core ML package on a Mac, on whichever of CPU, GPU and Neural Engine the system chooses. Not run on hardware by this project."""
+
+    def __init__(self, path: Path, threads: int | None, input: str, output: str, precision: str = "fp32") -> None:
+        # only coremltools' converters need these, and importing them takes seconds; who has imported torch wants to convert, perhaps
+        with _unseen(*(() if "torch" in sys.modules else ("torch", "transformers"))):
+            import coremltools
+
+        try:
+            self._model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit.ALL)
+            description = self._model.get_spec().description
+        except Exception as error:  # the system's own errors come as plain exceptions
+            raise BundleError(f"{path} is not a package that coremltools {coremltools.__version__} opens ({_first_line(error)})") from error
+        names = [entry.name for entry in description.input], [entry.name for entry in description.output]
+        if names[0] != [input] or output not in names[1]:
+            raise BundleError(f"{path} has inputs {names[0]} and outputs {names[1]}; the manifest says '{input}' and '{output}'")
+        self._input, self._output, self._lock, self._path = input, output, threading.Lock(), path
+        self.facts: dict[str, Any] = {"runtime": f"coremltools {coremltools.__version__}", "provider": "Core ML, all compute units", "threads": None}
+
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        """(1, …) -> float32 (1, embed_dim). Raises DeviceError when the run fails."""
+        with self._lock:
+            try:
+                return np.array(self._model.predict({self._input: inputs})[self._output], np.float32)
+            except Exception as error:
+                raise DeviceError(f"{self._path.name} failed on an input of {inputs.dtype} {inputs.shape} ({_first_line(error)})") from error
+
+
 BACKENDS: dict[str, Callable[..., Tower]] = {
     "onnx": OnnxTower,
     "openvino": OpenVinoTower,
     "litert": LiteRtTower,
+    "coreml": CoreMlTower,
 }
-NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai_edge_litert"}
+NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai_edge_litert", "coreml": "coremltools"}
 """Target to the module that runs it."""
+
+
+@contextlib.contextmanager
+def _unseen(*names: str) -> Iterator[None]:
+    """Inside, importing these modules fails as if they were not installed."""
+    hidden = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name, module in hidden.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def return_memory() -> None:
@@ -153,6 +191,8 @@ def missing(target: str) -> str | None:
     """Why a target does not run here; None when it does. Looks for packages, and imports none."""
     if target not in BACKENDS:
         return f"target {target} does not run in this SDK"
+    if target == "coreml" and sys.platform != "darwin":
+        return "target coreml runs on Macs alone"
     if importlib.util.find_spec(NEEDS[target]) is None:
         return f"target {target} needs the package '{NEEDS[target]}', which is not installed"
     return None

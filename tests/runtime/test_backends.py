@@ -84,3 +84,48 @@ def test_a_folder_that_is_no_model(with_openvino: Path) -> None:
 def test_every_backend_says_what_it_needs() -> None:
     assert set(BACKENDS) == set(NEEDS)
     assert missing("tensorrt") == "target tensorrt does not run in this SDK"
+
+
+CORE_ML = """
+import sys, logging
+logging.disable(logging.CRITICAL)
+from pathlib import Path
+import numpy as np
+from runtime.backends import CoreMlTower
+from runtime.errors import BundleError, DeviceError
+path = Path(sys.argv[1])
+tower = CoreMlTower(path, 1, "pixels", "embedding")
+assert not [name for name in ("torch", "transformers") if name in sys.modules]
+try:
+    CoreMlTower(path, 1, "tokens", "embedding")
+except BundleError as error:
+    assert "the manifest says 'tokens'" in str(error)
+try:
+    CoreMlTower(path.with_name("nothing.mlpackage"), 1, "pixels", "embedding")
+except BundleError as error:
+    assert "is not a package that coremltools" in str(error)
+if sys.platform != "darwin":
+    try:
+        tower.run(np.zeros((1, 4), np.float32))
+    except DeviceError as error:
+        print("the device refused:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac it runs")
+def test_core_ml_goes_as_far_as_the_system_lets_it_and_never_imports_torch(tmp_path: Path) -> None:
+    pytest.importorskip("coremltools")
+    from export.mil_interpreter import import_coremltools
+
+    ct = import_coremltools("a test")
+    from coremltools.converters.mil import Builder as mb
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 4))], opset_version=ct.target.iOS16)
+    def program(pixels):  # type: ignore[no-untyped-def]
+        return mb.mul(x=pixels, y=2.0, name="embedding")
+
+    ct.convert(program, minimum_deployment_target=ct.target.iOS16, skip_model_load=True).save(str(tmp_path / "tower.mlpackage"))
+    done = subprocess.run([sys.executable, "-c", CORE_ML, str(tmp_path / "tower.mlpackage")], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the device refused: tower.mlpackage failed on an input of float32 (1, 4)")
+    assert missing("coreml") == "target coreml runs on Macs alone"

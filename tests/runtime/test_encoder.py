@@ -131,7 +131,7 @@ def test_what_is_not_good_enough_is_passed_over(toy_bundle: Path) -> None:
         (replace(int8, parity={**(int8.parity or {}), "cosine_min": 0.89}), "below 0.9"),
         (replace(int8, threshold=0.999), "below 0.999"),
         (replace(int8, parity={**(int8.parity or {}), "recall1_change": -0.03}), "recall@1"),
-        (replace(int8, target="coreml"), "does not run in this SDK"),
+        (replace(int8, target="coreai"), "does not run in this SDK"),
         (replace(int8, status="refused", path=None, reason="slow"), "refused: slow"),
     ]:
         choice = choose(with_artefacts(manifest, bad, fp32), "text")
