@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import CheckpointError, ImageError
-from runtime.preprocess import PreprocessConfig, load_image, preprocess, to_rgb
+from runtime.preprocess import PreprocessConfig, load_image, preprocess, resize_and_crop, to_rgb
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(64, 64), (65, 64), (64, 97), (33, 200), (201, 31), (1, 7), (7, 1), (640, 481), (1, 1), (63, 63)]
@@ -281,3 +281,16 @@ def test_threads_give_the_same_in_the_same_order() -> None:
     with pytest.raises(ImageError, match="does not decode"):
         preprocess([*pictures, b"none", *pictures], config, threads=4)
     assert preprocess([], config, threads=4).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_the_part_that_is_kept_is_computed_alone_to_one_level(turned: bool, crop_pct: float) -> None:
+    grain = np.random.default_rng(3).normal(0, 8, (750, 1000, 3))
+    image = Image.fromarray(np.clip(np.asarray(wave(1000, 750)) + grain, 0, 255).astype(np.uint8))
+    image = image.transpose(Image.Transpose.ROTATE_90) if turned else image
+    config = PreprocessConfig(image_size=224, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bicubic", crop_pct=crop_pct)
+    whole, part = (np.asarray(resize_and_crop(image, config, whole=kind)).astype(int) for kind in (True, False))
+    assert whole.shape == part.shape == (224, 224, 3)
+    assert np.abs(whole - part).max() <= 1
+    assert (whole != part).mean() < 2e-3
