@@ -245,7 +245,7 @@ def _texts(config: RuntimeConfig, place: Layout, out: Path) -> dict[str, Any]:
 
 
 def _index(config: RuntimeConfig, place: Layout, out: Path) -> dict[str, Any]:
-    return dict(measure(Path(config.run), out / "index", count=config.vectors))
+    return dict(measure(Path(config.run), out / "index", count=config.vectors, shaped=_shaped(out)))
 
 
 RUNS: dict[str, Callable[[RuntimeConfig, Layout, Path], dict[str, Any]]] = {

@@ -29,12 +29,15 @@ _STEP = 100_000
 _MODEL = {"name": "mixture", "checkpoint": "mixture", "embed_dim": DIMS, "space": None}
 
 
-def measure(run: Path, work: Path, *, count: int = COUNT, queries: int = QUERIES, dtype: str = "binary", rescore: str | None = "int8") -> dict[str, float]:
+def measure(
+    run: Path, work: Path, *, count: int = COUNT, queries: int = QUERIES, dtype: str = "binary", rescore: str | None = "int8", shaped: Path | None = None
+) -> dict[str, float]:
     """All figures: those of a gallery of `count` vectors and those of indexing.
 
     Args:
         run: a finished demo folder.
         work: an empty or missing folder, about 2.5 GB for a million.
+        shaped: a bundle of MobileCLIP-S0's shape, for `indexing_ratio`.
 
     Returns:
         `search_1m_p50_ms`, `search_1m_p90_ms`, `search_1m_recall10` (queries from the pictures' mixture), the same with `text_` (from the
@@ -42,7 +45,7 @@ def measure(run: Path, work: Path, *, count: int = COUNT, queries: int = QUERIES
         `search_1m_rescoring_ratio`, `search_1m_memory_ratio` (VmRSS of the searching process over float32), `search_1m_build_minutes`,
         and those of `measure_indexing`.
     """
-    return {**measure_search(run, work, count=count, queries=queries, dtype=dtype, rescore=rescore), **measure_indexing(run, work)}
+    return {**measure_search(run, work, count=count, queries=queries, dtype=dtype, rescore=rescore), **measure_indexing(run, work, shaped=shaped)}
 
 
 def measure_search(run: Path, work: Path, *, count: int = COUNT, queries: int = QUERIES, dtype: str = "binary", rescore: str | None = "int8") -> dict[str, float]:
@@ -132,12 +135,12 @@ def resident() -> int:
     raise RuntimeError("the system does not tell VmRSS")
 
 
-def measure_indexing(run: Path, work: Path, pictures: int = 1914, rounds: int = 3) -> dict[str, float]:
+def measure_indexing(run: Path, work: Path, pictures: int = 1914, rounds: int = 3, shaped: Path | None = None) -> dict[str, float]:
     """Indexing beside the encoder alone, in turns, medians of `rounds`.
 
-    `indexing_ratio`: images/s of `Index.add` over images/s of the image tower alone, which gets pixels ready made: the larger bundle, whose
-    tower is of the size that devices run (EfficientNet-lite0 at 224 pixels). `indexing_ratio_pocket`: the same with the pocket student, which
-    takes less time than decoding a picture does. `indexing_ratio_files`, `indexing_ratio_files_pocket`: over `Clip.encode_image` of the files.
+    `indexing_ratio`: images/s of `Index.add` over images/s of the image tower alone in fp32, which gets pixels ready made, for a bundle of MobileCLIP-S0's shape
+    (`shaped`; its weights are random, and time does not ask for them). `_lite0`, `_pocket`: the same with the sample teacher's EfficientNet-lite0 at 224 pixels and
+    with the pocket student, which takes less time than decoding a picture does. `indexing_ratio_files…`: over `Clip.encode_image` of the files.
     """
     folder = work / "pictures"
     shutil.rmtree(folder, ignore_errors=True)
@@ -147,9 +150,14 @@ def measure_indexing(run: Path, work: Path, pictures: int = 1914, rounds: int = 
     for row, path in enumerate(paths):
         path.write_bytes(pairs.image_bytes(row))
     figures = {}
-    for bundle, suffix in (("teacher-bundle", ""), ("bundle", "_pocket")):
-        clip = load(run / bundle, prefer="fp32")
-        rates = np.median([_rates(clip, folder, paths, work) for _ in range(rounds)], axis=0)
+    cases = [(run / "teacher-bundle", "_lite0"), (run / "bundle", "_pocket"), *([(shaped, "")] if shaped else [])]
+    for bundle, suffix in cases:
+        clip = load(bundle, prefer="fp32")
+        some = paths if suffix else paths[:512]
+        if len(some) < len(paths):  # the larger tower takes its time
+            for path in paths[len(some) :]:
+                path.unlink()
+        rates = np.median([_rates(clip, folder, some, work) for _ in range(rounds)], axis=0)
         figures[f"indexing_images_per_s{suffix}"] = float(rates[0])
         figures[f"indexing_ratio{suffix}"] = float(rates[0] / rates[1])
         figures[f"indexing_ratio_files{suffix}"] = float(rates[0] / rates[2])
