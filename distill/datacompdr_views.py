@@ -27,6 +27,7 @@ from PIL import Image
 from distill.augment import FULL_SCALE, OPERATIONS, PACKED_BYTES, Parameters, pack
 from distill.datacompdr_samples import DamagedSampleError, Operation
 from runtime.errors import ImageError, StoreError
+from runtime.preprocess import open_encoded
 
 VIEW = 224
 """Size that the published translations count in."""
@@ -96,7 +97,7 @@ def header_of(data: bytes) -> tuple[tuple[int, int], bool]:
         ImageError: no picture, or more than 100 megapixels.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with open_encoded(io.BytesIO(data)) as picture:
             width, height = picture.size
             # the base class's reader looks at what was met so far; PNG's own would decode the pixels first
             turned = Image.Image.getexif(picture).get(0x0112, 1) not in (0, 1)

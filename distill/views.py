@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 from distill.augment import UNIT, Parameters, draw, unpack
 from runtime.errors import ImageError
 from runtime.pairs import decode_image
+from runtime.preprocess import open_encoded
 
 MARGIN = 1.25
 """Pixels that the crop must keep for each pixel of the view. Measured on photograph-like pictures against decoding in full: at 1.25 the
@@ -64,7 +65,7 @@ class Picture:
     def __init__(self, data: bytes) -> None:
         self._data, self._decoded = data, dict[int, Image.Image]()
         try:
-            opened = Image.open(io.BytesIO(data))
+            opened = open_encoded(io.BytesIO(data))
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"the picture has {width} x {height} pixels, expected at most {MAX_PIXELS // 1_000_000} megapixels; scale it down or drop this sample")
@@ -110,7 +111,7 @@ class Picture:
         return self._decoded[scale]
 
     def _decode_jpeg(self, scale: int) -> Image.Image:
-        opened, self._opened = self._opened or Image.open(io.BytesIO(self._data)), None
+        opened, self._opened = self._opened or open_encoded(io.BytesIO(self._data)), None
         width, height = opened.size
         if scale > 1:
             opened.draft(None, (width // scale, height // scale))

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.errors import BundleError, DeviceError
+from runtime.graph_check import check_graph
 
 
 class Tower(Protocol):
@@ -39,8 +40,10 @@ class OnnxTower:
         options.intra_op_num_threads = threads or available_threads()
         if precision == "fp16":  # text towers that compute in it do not load in ONNX Runtime 1.31 with its layout optimisations
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        file = path / "model.onnx" if path.is_dir() else path
+        check_graph(file)
         try:
-            self._session = onnxruntime.InferenceSession(str(path / "model.onnx" if path.is_dir() else path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
             raise BundleError(f"{path} is not an ONNX graph that onnxruntime {onnxruntime.__version__} opens ({_first_line(error)})") from error
         inputs = [node.name for node in self._session.get_inputs()]

@@ -6,6 +6,7 @@ Format: docs/index.md (normative).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import sqlite3
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def row_crc(*values: Any) -> int:
     return zlib.crc32(b"\x1f".join(parts) + b"\x1f")
 
 
+def _layout(db: sqlite3.Connection) -> list[tuple[str, ...]]:
+    return sorted(db.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'").fetchall())
+
+
+@functools.cache
+def _own_layout() -> list[tuple[str, ...]]:
+    """What an index is made of. A stranger's file may hold a view that never ends in a table's place, or triggers of its own."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_TABLES)
+        return _layout(db)
+
+
 class Files:
     """An open `index.sqlite`. Methods may be called from any thread."""
 
@@ -54,11 +67,16 @@ class Files:
                 self.db.execute("PRAGMA journal_mode=WAL")
             else:
                 self.db = self._open(write)
+            self.db.execute("PRAGMA trusted_schema=OFF")
             self.db.execute("PRAGMA synchronous=NORMAL")
             self.db.execute("PRAGMA recursive_triggers=ON")  # a replaced row counts as one that goes and one that comes
             if create:
                 self.db.executescript(f"BEGIN;{_TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
             schema = self.db.execute("PRAGMA user_version").fetchone()[0]
+            own = schema != SCHEMA or _layout(self.db) == _own_layout()
+        if not own:
+            self.close()
+            raise damaged(path, "it has other tables, views or triggers than an index has")
         if schema != SCHEMA:
             self.close()
             raise SearchError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; upgrade, or make the index again with 'mclip index'")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ImageError
-from runtime.preprocess import PreprocessConfig, preprocess
+from runtime.preprocess import PreprocessConfig, open_encoded, preprocess
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,10 +144,8 @@ def read_picture(file: Found, config: PreprocessConfig, known: set[bytes]) -> Pi
 
 def date_of(data: bytes, mtime_ns: int) -> tuple[str, bool]:
     """When a picture was taken, and whether EXIF says so; else the file's time in local time."""
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_encoded(io.BytesIO(data)) as image:
             exif: Any = image.getexif()
             inner = exif.get_ifd(0x8769)
             for value in (*(inner.get(tag) for tag in _DATE_TAGS), exif.get(306)):

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from runtime.errors import ImageError, PairsError
+from runtime.preprocess import open_encoded
 from runtime.tar_index import BLOCK, CORRECT, IMAGE, KIND_NAMES, META, TEXT, Rejected, index_shard
 
 MAX_PIXELS = 100_000_000
@@ -238,7 +239,7 @@ def write_shard(path: str | os.PathLike[str], samples: Iterable[tuple[str, Mappi
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded picture to RGB: EXIF orientation applied, transparency composed on white, 16 bit grey scaled to 8."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_encoded(io.BytesIO(data)) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageError(f"{opened.width} x {opened.height} pixels, expected at most {MAX_PIXELS // 1_000_000} megapixels")
         opened.load()

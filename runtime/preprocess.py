@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from runtime.errors import CheckpointError, ImageError
 if TYPE_CHECKING:
     from PIL import Image
 
+USUAL = ("JPEG", "PNG", "GIF", "BMP", "PPM")
+FORMATS = (*USUAL, "WEBP", "TIFF", "MPO", "AVIF", "HEIF", "JPEG2000")
+"""What is read, where Pillow or a plugin of the application's reads it."""
 INTERPOLATIONS = ("bilinear", "bicubic")
 # A resized picture may have this many pixels before its crop: more comes only from absurd aspect ratios.
 MAX_RESIZED_PIXELS = 64 * 1024 * 1024
@@ -89,6 +92,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_encoded(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """Pillow's `Image.open` for the formats that photographs come in. Pillow knows forty more, and hands one of them (EPS) to another program. Raises as it does."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(source, formats=USUAL)
+    except UnidentifiedImageError:
+        Image.init()  # the rarer formats' modules are only now imported
+        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def load_image(source: ImageSource, least: int | None = None) -> Image.Image:
     """A path, encoded bytes, PIL picture or uint8 array as an RGB picture.
 
@@ -122,7 +136,7 @@ def _decoded(source: ImageSource, least: int | None) -> tuple[Image.Image, bool]
         with warnings.catch_warnings():
             # Beyond Pillow's limit on pixels it warns, at twice the limit it raises: for us both are refusals.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with open_encoded(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 whole = image.size
                 if least is not None:
                     image.draft(None, (least, least))
