@@ -101,10 +101,10 @@ def import_plan(folder: Path, bundle: Path) -> list[Line]:
     for number, text in enumerate(texts, 1):
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(texts):  # the device was switched off while it wrote
                 break
-            raise ResultsError(f"line {number} of {folder.name}/{RESULTS} is not JSON ({error.msg}); remove that line") from error
+            raise ResultsError(f"line {number} of {folder.name}/{RESULTS} is not JSON ({str(error)[:80]}); remove that line") from error
         row = check(row, f"line {number} of {folder.name}/{RESULTS}")
         if row["bundle"] != plan["bundle"] or (row["artefact"], row["settings"].get("threads"), row["settings"].get("batch")) not in known:
             raise ResultsError(f"line {number} of {folder.name}/{RESULTS} is of no step of its plan; bring back the results of this folder")

@@ -111,7 +111,7 @@ class SshDevice:
         for number, row in enumerate(text.splitlines(), 1):
             try:
                 rows.append(check(json.loads(row), f"line {number} of the results on {self._what}"))
-            except json.JSONDecodeError:  # the line that was being written when the device went away
+            except (ValueError, RecursionError):  # the line that was being written when the device went away
                 continue
         return rows
 

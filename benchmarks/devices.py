@@ -217,7 +217,7 @@ def lines_of(stream: Stream, what: str, facts: dict[str, Any]) -> Iterator[Line]
     for text in stream.lines():
         try:
             found = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and isinstance(found.get("error"), str):
             said = found["error"]

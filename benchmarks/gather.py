@@ -101,7 +101,7 @@ def _curves(run: Path, material: Material) -> None:
         for row in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 found = json.loads(row)
-            except json.JSONDecodeError:  # the last line of a run that was killed
+            except (ValueError, RecursionError):  # the last line of a run that was killed
                 continue
             if isinstance(found, dict) and isinstance(found.get("samples"), int | float) and isinstance(found.get("loss"), int | float):
                 rows.append(found)

@@ -190,6 +190,8 @@ def _json(text: str, name: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ResultsError(f"{name} is not JSON ({error.msg} at line {error.lineno}); was it cut off?") from error
+    except (ValueError, RecursionError) as error:
+        raise ResultsError(f"{name} is no JSON that a tool writes ({type(error).__name__}: nested too deep, or a number of thousands of digits)") from error
 
 
 def _ms(value: Any, name: str) -> float:

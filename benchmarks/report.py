@@ -38,7 +38,10 @@ def write_report(
     if not results and run is None and efficiency is None and front is None:
         raise ResultsError("there is nothing to report on; name results files, or a run folder with --run")
     material = gather(results, run, efficiency=efficiency, front=front)
-    html, names = render(material, title)
+    try:
+        html, names = render(material, title)
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:  # members that are allowed to be anything were something else
+        raise ResultsError(f"the results hold something that the report cannot show ({type(error).__name__}: {error}); measure again, or use the version that wrote them") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, html.encode())
     return {"report": output.name, "bytes": len(html.encode()), "sections": names, "missing": material.missing}

@@ -79,6 +79,9 @@ def check(found: Any, where: str) -> Line:
     for name in ("settings", "summary", "figures"):
         if not isinstance(found.get(name), dict):
             raise ResultsError(f"{where} has {name} {found.get(name)!r}, expected an object")
+    for name, value in found["summary"].items():
+        if not (value is None or isinstance(value, (bool, int, float)) or (name == "reason" and isinstance(value, str))):
+            raise ResultsError(f"{where} has {name} {str(value)[:60]!r} in its summary, expected a number")
     if found["kind"] in SAMPLED:
         samples = found.get("samples")
         if not isinstance(samples, list) or not samples or any(type(value) is not int or value <= 0 for value in samples):
@@ -106,6 +109,8 @@ def read_results(paths: Iterable[str | Path]) -> list[Line]:
                 found = json.loads(row)
             except json.JSONDecodeError as error:
                 raise ResultsError(f"{where} is not JSON ({error.msg} at column {error.colno}); remove that line and measure again") from error
+            except (ValueError, RecursionError) as error:
+                raise ResultsError(f"{where} is nested too deep, or holds a number of thousands of digits; remove that line and measure again") from error
             lines.append(check(found, where))
     return lines
 

@@ -100,7 +100,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise CheckpointError(f"'{folder}' is not a checkpoint: it has no config.json; expected a folder with {', '.join(FILES)}")
     try:
         return config_from_dict(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is not JSON ({error}); restore it or write the checkpoint again") from None
 
 

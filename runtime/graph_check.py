@@ -16,7 +16,7 @@ from runtime.errors import BundleError
 DOMAINS = (b"", b"ai.onnx", b"com.microsoft")
 FORBIDDEN = (b"EPContext",)
 """Operators that open files of their own."""
-MOST_FIELDS = 2_000_000
+MOST_FIELDS = 500_000
 MOST_DEPTH = 16
 _GRAPH, _FUNCTIONS, _TRAINING = 7, 25, 20
 _Field = tuple[int, int, int]

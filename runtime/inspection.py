@@ -202,8 +202,8 @@ def _results(path: Path) -> dict[str, Any]:
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text) if text.strip() else None
-        except ValueError as error:
-            raise ClipError(f"line {number} of {path} is not JSON ({error}); remove that line and measure again") from error
+        except (ValueError, RecursionError) as error:
+            raise ClipError(f"line {number} of {path} is not JSON ({str(error)[:120]}); remove that line and measure again") from error
         if line is None:
             continue
         if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or "schema" not in line:

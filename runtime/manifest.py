@@ -335,6 +335,8 @@ def _check(manifest: Manifest, path: Path) -> None:
         if not good:
             raise BundleError(f"{path}: {message}")
 
+    for what, value, most in (("embed_dim", manifest.embed_dim, 2**16), ("context_length", manifest.text.context_length, 2**16), ("vocab_size", manifest.text.vocab_size, 2**24)):
+        must(value <= most, f"{what} is {value}, expected at most {most}")
     for name, facts in manifest.files.items():
         must(_inside(name), f"the path {name!r} may not leave the bundle; expected plain relative names with '/'")
         must(len(facts.sha256) == 64 and set(facts.sha256) <= set("0123456789abcdef"), f"the sha256 of '{name}' is not 64 lower-case hex digits")

@@ -30,6 +30,7 @@ from runtime.errors import CheckpointError, ImageError
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST_IMAGE_SIZE = 4096
 USUAL = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 FORMATS = (*USUAL, "WEBP", "TIFF", "MPO", "AVIF", "HEIF", "JPEG2000")
 """What is read, where Pillow or a plugin of the application's reads it."""
@@ -64,8 +65,8 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
         object.__setattr__(self, "std", tuple(float(v) for v in self.std))
-        if self.image_size < 1:
-            raise CheckpointError(f"image_size is {self.image_size}, expected at least 1")
+        if not 1 <= self.image_size <= MOST_IMAGE_SIZE:
+            raise CheckpointError(f"image_size is {self.image_size}, expected 1 to {MOST_IMAGE_SIZE}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise CheckpointError(f"mean {self.mean} and std {self.std} must be three finite numbers each, std above 0")
         if self.interpolation not in INTERPOLATIONS:

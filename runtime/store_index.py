@@ -21,6 +21,7 @@ DTYPES = ("int8", "float32", "float16", "bfloat16", "int4")
 MOST_LAYERS = 999
 """Later layers have one to three digits in their files' names, parts at least four: the two cannot be confused."""
 
+_SHARD = re.compile(r"(?!\.\.?$)[^/\\\0]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -150,6 +151,8 @@ def _check_parts(index: dict[str, Any], layers: list[Layer], name: str) -> None:
         path = entry["path"]
         if not path or path.startswith(".") or "/" in path or "\\" in path or "\0" in path:
             raise StoreError(f"{name} names the part '{path}', which lies outside the store; the index is not to be trusted")
+        if not _SHARD.fullmatch(str(entry.get("shard", "-"))):
+            raise StoreError(f"{name} has a part of the shard {str(entry['shard'])[:80]!r}, which is no plain name; the index is not to be trusted")
         if entry["kind"] not in KINDS:
             raise StoreError(f"{name} has a part of kind '{entry['kind']}', this release reads {', '.join(KINDS)}; update it or reinforce again")
         if entry["layer"] >= len(layers) or layers[entry["layer"]].kind != entry["kind"] or path in listed or not path.endswith(".safetensors"):

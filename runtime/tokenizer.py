@@ -108,7 +108,8 @@ class Tokenizer:
             needed = len(self._specials)
         else:
             self._pairs, self._tokenizer = None, spelled
-            self.vocab_size = int(spelled.get_vocab_size(with_added_tokens=True))
+            # a file may leave ids out, and name others beyond their number
+            self.vocab_size = max(spelled.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             if cleaning == "clip":
                 self._specials = {SOT: spelled.token_to_id(SOT), EOT: spelled.token_to_id(EOT)}
             needed = max(len(spelled.encode("").ids), 1)
