@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers web test-web test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock web test-web test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -78,6 +78,22 @@ bench-compare: $(STAMP)
 
 bench-peers: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.peers --run out/demo --out out/bench-peers
+
+attacks: $(DEV)
+	$(BIN)/python -m tests.attacks.run
+
+# Asks a vulnerability database about what CI installs; says which packages the index at hand does not know.
+audit: $(STAMP)
+	test -x .audit/bin/pip-audit || ($(PYTHON) -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit)
+	.audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off
+
+licences: $(DEV)
+	$(BIN)/python -m tests.attacks.licences
+
+# The versions that this environment has become the ones that CI installs.
+lock: $(DEV)
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel > .lock.part
+	(head -n 1 requirements.lock; cat .lock.part) > .lock.whole && mv .lock.whole requirements.lock && rm .lock.part
 
 test: $(DEV)
 	$(BIN)/python -m distill.fetch

@@ -17,7 +17,7 @@ from runtime.files import cache_root, file_sha256, whole_folder
 from runtime.manifest import MOST_BYTES, parse_manifest
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that the format knows
-_MAX_ENTRIES = 100_000
+_MAX_ENTRIES = 10_000
 _MAX_GROWTH = 100  # times the archive's own size: more than any weights shrink
 _CHUNK = 1 << 20
 

@@ -19,7 +19,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.manifest import read_manifest, write_manifest
 from tests.attacks.harness import Case, Victim, cli
-from tests.runtime import toy
 
 ZEROS = "0" * 64
 
@@ -298,9 +297,8 @@ def linked(folder: Path) -> Victim:
 
 
 def many_entries(out: zipfile.ZipFile, bundle: Path) -> None:
-    assert out.fp is not None
-    for number in range(100_001):  # entries of the directory alone: a zip's own writer takes seconds
-        out.filelist.append(zipfile.ZipInfo(f"{number}"))
+    for number in range(10_001):
+        out.writestr(zipfile.ZipInfo(f"{number}"), b"")
 
 
 def not_zip(folder: Path) -> Victim:
@@ -404,7 +402,7 @@ ARCHIVES: dict[str, Case] = {
     "entry that nobody listed": entry("more"),
     "the manifest twice": entry("manifest.json", b"{}"),
     "a quarter of a gigabyte in as many kilobytes": bomb,
-    "100,001 entries": archive(many_entries),
+    "10,001 entries": archive(many_entries),
     "no manifest": archive(lambda out, bundle: None, keep=lambda name: name != "manifest.json"),
     "a file missing": archive(lambda out, bundle: None, keep=lambda name: name != "tokenizer.json"),
     "bytes of chance behind a zip's first four": not_zip,

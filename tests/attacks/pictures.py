@@ -146,7 +146,10 @@ def special(kind: str) -> Case:
     return case
 
 
-NAMES = ["-rf.jpg", "$(touch mark).jpg", "; touch mark;.jpg", "`touch mark`.jpg", "a\nb.jpg", "\x1b[2J\x1b]0;x\x07.jpg", "<img src=x onerror=alert(1)>.jpg", "'\"><script>alert(1)<.jpg", "%s%n.jpg"]
+NAMES = [
+    "-rf.jpg", "$(touch mark).jpg", "; touch mark;.jpg", "`touch mark`.jpg", "a\nb.jpg",
+    "\x1b[2J\x1b]0;x\x07.jpg", "<img src=x onerror=alert(1)>.jpg", "'\"><script>alert(1)<.jpg", "%s%n.jpg",
+]  # fmt: skip
 
 
 def names(folder: Path) -> Victim:

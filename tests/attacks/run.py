@@ -12,7 +12,8 @@ from typing import Any
 
 def verdicts(*chosen: str, timeout: float = 600) -> Iterator[dict[str, Any]]:
     """Verdicts of all cases (or of the chosen ones, "format/name"), from a process of their own. A child that dies is the verdict of the case it died in."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.attacks.harness", *chosen], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "MOBILECLIP_MEASURE": "1"})
+    command, environment = [sys.executable, "-m", "tests.attacks.harness", *chosen], {**os.environ, "MOBILECLIP_MEASURE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     assert process.stderr is not None
     for row in process.stdout:

@@ -113,6 +113,15 @@ def checkpoint(change: Callable[[dict[str, Any]], object]) -> Case:
     return case
 
 
+def config_bytes(raw: bytes) -> Case:
+    def case(folder: Path) -> Victim:
+        inner = checkpoint(lambda config: None)(folder)
+        (folder / "ckpt/config.json").write_bytes(raw)
+        return inner
+
+    return case
+
+
 def hub(name: str) -> Case:
     def case(folder: Path) -> Victim:
         def victim() -> object:
@@ -150,6 +159,7 @@ WEIGHTS: dict[str, Case] = {
     "inspect a pickle": file("x.pt", lambda folder: pickle.dumps({"x": system(folder)}), lambda path: cli("inspect", path)),
 }
 CHECKPOINTS: dict[str, Case] = {
+    "config of 100,000 brackets": config_bytes(b"[" * 100_000),
     "embeddings of 10^12 values": checkpoint(lambda c: c.update(embed_dim=10**12)),
     "text tower 10^7 wide": checkpoint(lambda c: c["text"].update(width=10**7)),
     "10^8 layers": checkpoint(lambda c: c["text"].update(layers=10**8)),
