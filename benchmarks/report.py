@@ -41,7 +41,8 @@ def write_report(
     try:
         html, names = render(material, title)
     except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:  # members that are allowed to be anything were something else
-        raise ResultsError(f"the results hold something that the report cannot show ({type(error).__name__}: {error}); measure again, or use the version that wrote them") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ResultsError(f"the results hold something that the report cannot show ({what}); measure again, or use the version that wrote them") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, html.encode())
     return {"report": output.name, "bytes": len(html.encode()), "sections": names, "missing": material.missing}

@@ -43,6 +43,12 @@ class Verdict:
     problems: tuple[str, ...]
 
 
+RUNS = (
+    "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect", "ctypes.dlopen", "webbrowser.open",
+)  # fmt: skip
+"""Events of an interpreter that runs or reaches something else."""
+
+
 class GoesOn(str):
     """Returned by a victim that rightly goes on: what it made of the case."""
 
@@ -70,9 +76,8 @@ class _Watch:
         elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod", "shutil.rmtree"):
             for path in arguments[: 2 if event in ("os.rename", "os.symlink", "os.link") else 1]:
                 self._outside(event, path)
-        elif event in ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect", "ctypes.dlopen", "webbrowser.open"):
-            if event != "ctypes.dlopen" or arguments[0] is not None:
-                self.seen.append(f"{event} {str(arguments)[:100]}")
+        elif event in RUNS and (event != "ctypes.dlopen" or arguments[0] is not None):
+            self.seen.append(f"{event} {str(arguments)[:100]}")
 
     def _outside(self, event: str, path: object) -> None:
         if isinstance(path, int) or self.inside is None:
