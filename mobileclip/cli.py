@@ -75,7 +75,7 @@ def run_verb(verb: str, argv: list[str]) -> int:
         missing = MissingExtraError(str(error.name), EXTRAS.get(verb, "all"), f"mclip {verb}")
         sys.stderr.write(f"error: {missing}\n")
         return 1
-    except (MemoryError, OSError, RuntimeError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -96,6 +96,8 @@ def of_the_machine(error: BaseException) -> str | None:
         where = f"{error.filename}: " if isinstance(error.filename, str) and error.filename.isprintable() else ""
         what = f"{where}{error.strerror or error}"
         return f"{what}; what was finished is kept: see to the disk, its room and permissions, and run the same command again (MCLIP_LOG=debug tells where)"
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # compiled code has errors of its own for the same
+        return f"{error}; what was finished is kept: see to the disk, its room and permissions, and run the same command again (MCLIP_LOG=debug tells where)"
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error):
         return "the memory does not suffice; what was finished is kept: take less at a time (a smaller batch, fewer threads or workers), or run it where there is more"
     return None

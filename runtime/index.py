@@ -6,7 +6,7 @@ index = runtime.Index.open("photos.idx", clip)
 index.add("Pictures")
 index.search("a dog on a beach", k=10)
 
-An index is a folder (docs/index.md is normative): who writes it holds its lock, anyone may search it meanwhile.
+An index is a folder (docs/index-format.md is normative): who writes it holds its lock, anyone may search it meanwhile.
 """
 
 from __future__ import annotations

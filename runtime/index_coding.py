@@ -1,6 +1,6 @@
 """How vectors lie on disk: one record a vector, with a checksum in it. Float16, int8 or one bit a dimension.
 
-Shapes: n = vectors, D = dimensions stored. Format: docs/index.md (normative).
+Shapes: n = vectors, D = dimensions stored. Format: docs/index-format.md (normative).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The rows of a photo index: which file has which content, which content has which vector. SQLite in WAL mode.
 
 Every row carries a checksum of its own, compared when the row is read: SQLite itself would not notice a changed byte in a path.
-Format: docs/index.md (normative).
+Format: docs/index-format.md (normative).
 """
 
 from __future__ import annotations

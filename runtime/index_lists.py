@@ -5,7 +5,7 @@
 3. The best thousand are compared by both bits, which stand for four even levels, with the query itself in BIT_PLANES bits a dimension.
    The best of them are what `candidates` returns, and the segment scores those by its stored vectors.
 
-Shapes: n = rows, L = lists, D = dimensions, W = 64-bit words of a code. Format: docs/index.md (normative).
+Shapes: n = rows, L = lists, D = dimensions, W = 64-bit words of a code. Format: docs/index-format.md (normative).
 """
 
 from __future__ import annotations

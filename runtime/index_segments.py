@@ -1,6 +1,6 @@
 """Immutable files of records: written aside, flushed, renamed; read by row or by block, every record compared with its checksum.
 
-A file is safetensors with one array, `records`, uint8 (n, record_bytes). Format: docs/index.md (normative).
+A file is safetensors with one array, `records`, uint8 (n, record_bytes). Format: docs/index-format.md (normative).
 """
 
 from __future__ import annotations

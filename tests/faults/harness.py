@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.injection import FAULTS, UNHEARD, Fault, Seen, count_calls, none
-from tests.faults.stages import STAGES, Stage, tree
+from tests.faults.stages import STAGES, tree
 
 HANGS = 60.0
 COUNTS: dict[str, dict[str, int]] = {
@@ -50,7 +50,7 @@ def run_child(argv: list[str], fault: Fault, rng: random.Random, seen: Seen, bel
     """Fork, put the fault in place, run `mclip`. Returns (exit code, or minus the signal; what it wrote to stderr; seconds). Hanging counts as -1000."""
     errors, end = os.pipe()  # a file would fall under the limits that are being tried
     fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
-    counted = tempfile.TemporaryFile()
+    counted = tempfile.TemporaryFile()  # noqa: SIM115  (a child and its parent share it)
     started = time.monotonic()
     child = os.fork()
     if child == 0:

@@ -80,7 +80,7 @@ def _trainable(world: Path) -> None:
 
 
 def _train(world: Path, out: Path) -> list[str]:
-    more = ["--recipe", str(world / "recipe.json"), "--samples", "48", "--prefetch-threads", "0", "--save-every-seconds", "0.05"]
+    more = ["--recipe", str(world / "recipe.json"), "--samples", "48", "--prefetch-threads", "0", "--save-seconds", "0.05"]
     return ["train", "--pairs", str(world / "pairs"), "--store", str(world / "store"), "--out", str(out / "ckpt"), *more]
 
 

@@ -1,4 +1,4 @@
-"""docs/index.md against the code: exact bytes, and a reader that was written from the page alone."""
+"""docs/index-format.md against the code: exact bytes, and a reader that was written from the page alone."""
 
 from __future__ import annotations
 
