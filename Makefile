@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock web test-web test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock faults docs test-docs web test-web test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -78,6 +78,19 @@ bench-compare: $(STAMP)
 
 bench-peers: $(STAMP)
 	$(BIN)/python -m benchmarks.suites.peers --run out/demo --out out/bench-peers
+
+# A site in out/site that opens without a server or a network; pictures where there is a demo run and a Chromium.
+docs: $(DEV)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
+	$(BIN)/python -m tests.docs.pictures docs/pictures
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "out/site/index.html"
+
+test-docs: $(DEV)
+	$(BIN)/python -m tests.docs.run
+
+faults: $(DEV)
+	$(BIN)/python -m tests.faults.run
 
 attacks: $(DEV)
 	$(BIN)/python -m tests.attacks.run

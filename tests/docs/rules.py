@@ -50,7 +50,7 @@ SMALLER: tuple[tuple[str, tuple[tuple[str, str], ...], dict[str, str]], ...] = (
     ),
     (r"^mclip train ", ((r"--out (CKPT|TUNED)", r"--out \1-NEW"),), {"--samples": "64", "--prefetch-threads": "0"}),
     (r"^mclip bench .*plan:", (), {"--seconds": "0.05"}),
-    (r"^mclip bench A B", (), {"--seconds": "0.05", "--phases": "text_tower"}),
+    (r"^mclip bench (A B|BUNDLE BUNDLE)", (), {"--seconds": "0.05", "--phases": "text_tower"}),
     (r"^mclip import-results trtexec", ((r"image-tensorrt-fp16", "image-onnx-fp32"),), {}),
     (
         r"^mclip bench ", ((r"--sustained \S+", "--sustained 1"), (r"--period \S+", "--period 0.05"), (r" --priority -5", "")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-SHARED = ("PAIRS", "CKPT", "BUNDLE", "A", "B", "C", "DOMAIN", "HELD_OUT", "P", "out", "home", "photo.jpg", "a.jpg", "b.png", "dog.jpg", "bundle", "Pictures")
+SHARED = ("THEIRS", "PAIRS", "CKPT", "BUNDLE", "A", "B", "C", "DOMAIN", "HELD_OUT", "P", "out", "home", "photo.jpg", "a.jpg", "b.png", "dog.jpg", "bundle", "Pictures")
 GIVEN: dict[str, dict[str, str]] = {
     "README.md": {"STORE": "STORE", "TUNED": "TUNED", "S": "STORE", "clean.keep": "clean.keep"},
     "docs/guides/adaptation.md": {"TUNED": "TUNED", "DOMAIN-TEST": "PAIRS", "GENERAL": "PAIRS"},
@@ -27,6 +27,7 @@ def make_world(folder: Path) -> None:
     from distill.curate import CurateConfig, curate
     from distill.reinforce import ReinforceConfig, reinforce
     from mobileclip.checkpoint import save_checkpoint
+    from mobileclip.conversion import convert
     from mobileclip.presets import preset
     from tests.distill.datacompdr_world import make_samples, write_downloaded, write_published
     from tests.distill.world import make_pairs
@@ -41,6 +42,9 @@ def make_world(folder: Path) -> None:
         save_checkpoint(calibrated(preset("pocket_s"), seed), folder / name)
     (folder / "C").symlink_to("A")
     shutil.copytree(folder / "B", folder / "TUNED")
+    save_checkpoint(calibrated(preset("mobileclip2_s0")), folder / "theirs-ours")
+    convert(folder / "theirs-ours", folder / "THEIRS", to="open_clip")
+    shutil.rmtree(folder / "theirs-ours")
     toy.build(folder / "BUNDLE")
     toy.build(folder / "BUNDLE2", name="other")
     (folder / "bundle").symlink_to("BUNDLE")
