@@ -207,7 +207,7 @@ class _Lines:
                         yield offset, line, content
                     offset += len(content)
         except OSError as error:
-            raise PairsError(f"captions '{path}' cannot be read ({error.strerror})") from None
+            raise PairsError(f"captions '{path}' cannot be read ({error.strerror or error})") from None
         self.digests[number] = digest.hexdigest()
 
     def hashes(self) -> np.ndarray:
@@ -221,7 +221,7 @@ class _Lines:
             try:
                 self._handles[number] = self.paths[number].open("rb")
             except OSError as error:
-                raise PairsError(f"captions '{self.paths[number]}' cannot be read any more ({error.strerror})") from None
+                raise PairsError(f"captions '{self.paths[number]}' cannot be read any more ({error.strerror or error})") from None
         self._handles.move_to_end(number)
         stream = self._handles[number]
         stream.seek(int(self._offsets[place]))

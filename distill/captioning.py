@@ -211,7 +211,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
-        raise PairsError(f"captions folder '{folder}' cannot be written ({error.strerror}); give another path") from None
+        raise PairsError(f"captions folder '{folder}' cannot be written ({error.strerror or error}); give another path") from None
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -137,7 +137,7 @@ def import_datacompdr(config: ImportConfig) -> dict[str, Any]:
         return _import(config)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        raise StoreError(f"the import into '{config.store}' stopped ({error.strerror}{where}); mend that and run the same command again, it continues") from None
+        raise StoreError(f"the import into '{config.store}' stopped ({error.strerror or error}{where}); mend that and run the same command again, it continues") from None
 
 
 def _import(config: ImportConfig) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def index_shard(path: Path, work: Path) -> Path:
     except PairsError as error:
         cut = str(error)
     except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error.strerror}); check that it is a readable file") from None
+        raise StoreError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file") from None
     records = np.zeros(len(samples), _RECORD)
     if samples:
         records["high"], records["low"] = digests(list(samples)).T

@@ -118,7 +118,7 @@ def fetch(cache: Path | None = None) -> dict[str, Path]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SampleError(f"the sample cache {folder} cannot be made ({error.strerror}); choose another with --cache") from error
+            raise SampleError(f"the sample cache {folder} cannot be made ({error.strerror or error}); choose another with --cache") from error
         npm = _npm()
         for package in absent:
             logger.info("fetching %s %s", package.name, package.version)

@@ -115,7 +115,7 @@ def read_keep_list(path: str | os.PathLike[str]) -> KeepList:
     try:
         header, _, body = Path(path).read_bytes().partition(b"\n")
     except OSError as error:
-        raise PairsError(f"the keep-list '{path}' cannot be read ({error.strerror}); make one with mclip curate") from None
+        raise PairsError(f"the keep-list '{path}' cannot be read ({error.strerror or error}); make one with mclip curate") from None
     facts = _facts(path, header)
     if not body:
         raise PairsError(f"the keep-list '{path}' holds no key, so nothing would be left; {_MAKE}")

@@ -260,7 +260,7 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"folder '{out}' cannot be made ({error.strerror}); give another path") from None
+        raise StoreError(f"folder '{out}' cannot be made ({error.strerror or error}); give another path") from None
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
-        raise StoreError(f"store folder '{folder}' cannot be made ({error.strerror}); give another path") from None
+        raise StoreError(f"store folder '{folder}' cannot be made ({error.strerror or error}); give another path") from None
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

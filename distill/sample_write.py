@@ -80,7 +80,7 @@ def write_sample(folder: Path, plan: Plan, draw: Drawer, advance: Callable[[int,
         write_json(folder / RECEIPT, receipt)
         (folder / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
-        raise SampleError(f"the sample cannot be written to {folder} ({error.strerror}); free some space or choose another folder") from error
+        raise SampleError(f"the sample cannot be written to {folder} ({error.strerror or error}); free some space or choose another folder") from error
     return {**receipt, "already_complete": False}
 
 

@@ -112,7 +112,7 @@ def container(path: Path) -> str:
             head = file.read(64)
         size = path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from None
+        raise CheckpointError(f"'{path}' cannot be read ({error.strerror or error}); check its permissions") from None
     if not head:
         raise CheckpointError(f"'{path}' is empty (0 bytes): writing or downloading it failed; fetch it again")
     json_follows = head[8:9] == b"{"

@@ -30,7 +30,7 @@ def read_file(folder: str | os.PathLike[str], manifest: Manifest, name: str) -> 
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
+        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror or error}); fetch or export the bundle again") from error
     _compare(path, facts, len(data), lambda: hashlib.sha256(data).hexdigest())
     return data
 
@@ -73,7 +73,7 @@ def verify_file(path: Path, facts: FileFacts) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror}); fetch or export the bundle again") from error
+        raise BundleError(f"{path} is listed in the manifest but cannot be read ({error.strerror or error}); fetch or export the bundle again") from error
     _compare(path, facts, size, lambda: hash_file(path))
 
 
@@ -101,4 +101,4 @@ def hash_file(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}); remove it or export the bundle again") from error
+        raise BundleError(f"{path} cannot be read ({error.strerror or error}); remove it or export the bundle again") from error

@@ -107,7 +107,7 @@ class ClassTable:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise BundleError(f"{path}: the class table cannot be read ({error.strerror}); make it again") from error
+            raise BundleError(f"{path}: the class table cannot be read ({error.strerror or error}); make it again") from error
         return from_bytes(data, str(path), clip)
 
 

@@ -140,7 +140,7 @@ class Index:
                 folder.rmdir()
             os.replace(part, folder)
         except OSError as error:
-            raise SearchError(f"{folder} cannot be made ({error.strerror}); choose another place") from error
+            raise SearchError(f"{folder} cannot be made ({error.strerror or error}); choose another place") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return cls(folder, clip)

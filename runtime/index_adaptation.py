@@ -143,6 +143,6 @@ def read_texts(path: Path) -> list[str]:
         entries = [json.loads(line) for line in lines if line.strip()]
         return [entry[name] for entry in entries for name in ("text", "caption", "label") if isinstance(entry.get(name), str)]
     except OSError as error:
-        raise SearchError(f"{path} cannot be read ({error.strerror}); give a file with one text a line") from error
+        raise SearchError(f"{path} cannot be read ({error.strerror or error}); give a file with one text a line") from error
     except (UnicodeDecodeError, ValueError, AttributeError) as error:
         raise SearchError(f"{path} is no file of texts ({error}); expected UTF-8, one text (or, in .jsonl, one object) a line") from error

@@ -108,7 +108,7 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter) -> int:
     try:
         write_whole(path, data)
     except OSError as error:
-        raise SearchError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
+        raise SearchError(f"{path} cannot be written ({error.strerror or error}); choose another --out") from error
     return len(data)
 
 

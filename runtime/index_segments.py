@@ -54,7 +54,7 @@ def write_tensors(path: Path, header: dict[str, Any], parts: Iterable[np.ndarray
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise SearchError(f"{path} cannot be written ({error.strerror}); what was indexed before is kept, free some space and run the same command again") from error
+        raise SearchError(f"{path} cannot be written ({error.strerror or error}); what was indexed before is kept, free some space and run the same command again") from error
     finally:
         part.unlink(missing_ok=True)
     return {"bytes": size, "sha256": digest.hexdigest(), "head": hashlib.sha256(head).hexdigest()}
@@ -73,7 +73,7 @@ def read_head(path: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
                 raise damaged(path, "its header does not fit")
             text = file.read(length)
     except OSError as error:
-        raise damaged(path, f"it cannot be read: {error.strerror}") from error
+        raise damaged(path, f"it cannot be read: {error.strerror or error}") from error
     except struct.error as error:
         raise damaged(path, "it is cut short") from error
     if hashlib.sha256(first + text).hexdigest() != facts["head"]:

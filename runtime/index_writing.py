@@ -32,7 +32,7 @@ def writing(index: Index) -> Iterator[None]:
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise SearchError(f"{index.folder} cannot be written ({error.strerror}); check its permissions") from error
+        raise SearchError(f"{index.folder} cannot be written ({error.strerror or error}); check its permissions") from error
     try:
         try:
             if os.name == "nt":

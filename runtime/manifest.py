@@ -172,7 +172,7 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> Manife
             raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {MOST_BYTES}; it is no manifest")
         raw = path.read_bytes()
     except OSError as error:
-        what = "there is no such folder" if not folder.is_dir() else f"it has no readable {MANIFEST} ({error.strerror})"
+        what = "there is no such folder" if not folder.is_dir() else f"it has no readable {MANIFEST} ({error.strerror or error})"
         raise BundleError(f"{folder} is not a bundle: {what}; make one with 'mclip export'") from error
     manifest = parse_manifest(raw, path)
     if verify:

@@ -155,7 +155,7 @@ class Pairs:
                     raise PairsError(f"{path} changed after it was opened; open the pairs again")
                 found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise PairsError(f"{path} cannot be read any more ({error.strerror}); open the pairs again") from error
+            raise PairsError(f"{path} cannot be read any more ({error.strerror or error}); open the pairs again") from error
         self._maps[index] = found
         while len(self._maps) > _OPEN_SHARDS:
             self._maps.popitem(last=False)  # closed when the last reader lets go of it

@@ -66,7 +66,7 @@ def _save(out: Path, found: dict[str, np.ndarray], names: dict[str, list[str]]) 
     try:
         write_whole(out, save(found, metadata={kind: json.dumps(values) for kind, values in names.items()}))
     except OSError as error:
-        raise ClipError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+        raise ClipError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from error
 
 
 def classify(argv: list[str]) -> int:

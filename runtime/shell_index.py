@@ -138,7 +138,7 @@ def _page(args: argparse.Namespace, hits: list[Hit], title: str, note: str) -> s
     try:
         write_whole(path, text.encode("utf-8", "replace"))
     except OSError as error:
-        raise SearchError(f"{path} cannot be written ({error.strerror}); choose another --html") from error
+        raise SearchError(f"{path} cannot be written ({error.strerror or error}); choose another --html") from error
     if not args.open or not open_page(path):
         sys.stderr.write(f"the page is {path}\n")
     return str(path)

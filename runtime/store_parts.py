@@ -49,7 +49,7 @@ class Part:
                     raise StoreError(f"store part '{path.name}' has {self.bytes} bytes, which is no safetensors file; reinforce again to replace it")
                 data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise StoreError(f"store part '{path.name}' cannot be opened ({error.strerror}); restore it or reinforce again") from None
+            raise StoreError(f"store part '{path.name}' cannot be opened ({error.strerror or error}); restore it or reinforce again") from None
         (length,) = struct.unpack("<Q", data[:8])
         if length > min(_MAX_HEADER, self.bytes - 8):
             raise StoreError(f"store part '{path.name}' is truncated or no safetensors file: header of {length} bytes in a file of {self.bytes}; reinforce again")

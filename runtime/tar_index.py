@@ -79,7 +79,7 @@ def index_shard(path: Path, strict: bool = True, name: str = "") -> tuple[dict[s
                         continue
                     spans[kind] = offset, size
     except OSError as error:
-        raise PairsError(f"{path} cannot be read ({error.strerror}); check that it is a readable file") from error
+        raise PairsError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file") from error
     for key in [key for key, spans in samples.items() if spans[IMAGE, 0] < 0]:
         refuse(key, f" has no picture for the sample '{key}', expected {key}.jpg, .png or .webp", "the sample is left out")
         del samples[key]

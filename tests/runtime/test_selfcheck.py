@@ -61,7 +61,7 @@ def test_a_stricter_threshold_fails_int8(own_bundle: Path) -> None:
 
 
 def test_another_resize_is_found(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nearest(image: Image.Image, config: preprocess_module.PreprocessConfig) -> Image.Image:
+    def nearest(image: Image.Image, config: preprocess_module.PreprocessConfig, **_: object) -> Image.Image:
         return image.resize((config.image_size, config.image_size), Image.Resampling.NEAREST)
 
     monkeypatch.setattr(preprocess_module, "resize_and_crop", nearest)
@@ -84,7 +84,7 @@ def test_an_artefact_that_breaks_is_reported_not_raised(own_bundle: Path) -> Non
     write_manifest(own_bundle, read_manifest(own_bundle, verify=False))
     entry = selfcheck(own_bundle)["artefacts"][0]
     assert entry["ok"] is False
-    assert "not an ONNX graph" in entry["reason"]
+    assert "image.fp32.onnx is refused" in entry["reason"]
 
 
 def test_embeddings_that_lost_their_norm_are_found(own_bundle: Path) -> None:
