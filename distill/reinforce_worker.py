@@ -321,5 +321,5 @@ def said_plainly(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"'{path.name}' cannot be written to '{path.parent}' ({error.strerror or error}); nothing that was stored is lost: make room, then run the same command again, it continues"
+            f"'{path.name}' cannot be written to '{path.parent}' ({error.strerror or error}); nothing stored is lost: make room, then run the same command again, it continues"
         ) from None
