@@ -157,6 +157,20 @@ def read_ai_hub(text: str, name: str, log: str = "", version: str = "") -> Found
 FORMATS: dict[str, Callable[[str, str, str, str], Found]] = {"trtexec": read_trtexec, "litert": read_litert, "perf-test": read_perf_test, "ai-hub": read_ai_hub}
 
 
+def read_output(format: str, text: str, name: str, log: str = "", version: str = "") -> Found:
+    """One of FORMATS read from a stranger's file: whatever is not as the tool writes it is a ResultsError that names the file."""
+    try:
+        found = FORMATS[format](text, name, log, version)
+        plain = [*found.summary.values(), *([found.memory] if found.memory is not None else []), *([found.threads] if found.threads is not None else [])]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in plain):
+            raise ValueError("a figure that is no finite number")
+        json.dumps(found.figures, allow_nan=False)
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        raise ResultsError(f"{name} holds something that {format} does not write ({said}); import the file as the tool left it") from error
+
+
 def lines_of_tool(
     found: Found, *, tower: str, artefact: str | None = None, bundle: Path | None = None, device: dict[str, Any] | None = None, threads: int | None = None, batch: int = 1
 ) -> list[Line]:
@@ -228,7 +242,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.artefact and options.bundle is None:
         parser.error("--artefact is an id in a bundle; name that with --bundle")
-    found = FORMATS[options.format](_text(options.file), options.file.name, _text(options.log) if options.log else "", options.tool_version)
+    found = read_output(options.format, _text(options.file), options.file.name, _text(options.log) if options.log else "", options.tool_version)
     device = {"kind": "imported", "label": options.label or options.format}
     rows = lines_of_tool(found, tower=options.tower, artefact=options.artefact, bundle=options.bundle, device=device, threads=options.threads, batch=options.batch)
     append_results(options.out, rows)

@@ -20,8 +20,20 @@ Messages say what was wrong, what was found, what was expected and what to do.
 from __future__ import annotations
 
 
+def shown(text: str) -> str:
+    """Text for people: bytes that are no text and control characters as \\xNN."""
+    return "".join(
+        f"\\x{ord(sign) - 0xDC00:02x}" if 0xDC80 <= ord(sign) <= 0xDCFF else sign if sign.isprintable() else sign.encode("unicode_escape", "backslashreplace").decode()
+        for sign in text
+    )
+
+
 class ClipError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose. Its message may name what a stranger's file says: it stays one line of printable letters."""
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if said.isprintable() else shown(said)
 
 
 class PairsError(ClipError):

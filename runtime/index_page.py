@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-from runtime.errors import ImageError
-from runtime.index_text import shown
+from runtime.errors import ImageError, shown
 from runtime.preprocess import load_image
 
 SIDE = 320

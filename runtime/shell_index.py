@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import SearchError
+from runtime.errors import SearchError, shown
 from runtime.files import write_whole
 from runtime.index import Hit, Index
-from runtime.index_text import shown
 from runtime.shell import _load, _parser, _positive
 
 

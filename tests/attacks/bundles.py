@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +24,20 @@ from runtime.manifest import read_manifest, write_manifest
 from tests.attacks.harness import Case, Victim, cli
 
 ZEROS = "0" * 64
+
+
+@functools.cache
+def _bundle() -> Path:
+    from tests.runtime import toy
+
+    place = Path(tempfile.mkdtemp(prefix="mclip-toy-")) / "bundle"
+    toy.build(place)
+    return place
+
+
+def toy_bundle(folder: Path) -> Path:
+    """A sound bundle of two real graphs, to be damaged."""
+    return Path(shutil.copytree(_bundle(), folder / "bundle"))
 
 
 def load(bundle: Path) -> Victim:
@@ -44,8 +61,6 @@ def seal(bundle: Path, document: dict[str, Any] | bytes) -> None:
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Case:
     """A toy bundle whose manifest was changed and sealed again."""
-    from tests.attacks.corpus import toy_bundle
-
     def case(folder: Path) -> Victim:
         bundle = toy_bundle(folder)
         document = json.loads((bundle / "manifest.json").read_bytes())
@@ -57,8 +72,6 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Case:
 
 
 def raw_manifest(raw: bytes) -> Case:
-    from tests.attacks.corpus import toy_bundle
-
     def case(folder: Path) -> Victim:
         bundle = toy_bundle(folder)
         seal(bundle, raw)
@@ -74,8 +87,6 @@ def listed(name: str) -> Case:
 
 def graph(change: Callable[[onnx.ModelProto, Path], onnx.ModelProto | bytes]) -> Case:
     """The image tower's graph changed, and everything hashed again."""
-    from tests.attacks.corpus import toy_bundle
-
     def case(folder: Path) -> Victim:
         bundle = toy_bundle(folder)
         path = bundle / "onnx/image.fp32.onnx"
@@ -171,8 +182,6 @@ def huge_shape(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 def file_of_bundle(name: str, data: Callable[[bytes], bytes], victim: Callable[[Path], Victim] = load) -> Case:
     """One file replaced, and everything hashed again."""
-    from tests.attacks.corpus import toy_bundle
-
     def case(folder: Path) -> Victim:
         bundle = toy_bundle(folder)
         path = bundle / name
@@ -204,8 +213,6 @@ def tensors(header: dict[str, Any] | bytes, body: bytes = b"", size: int | None 
 
 
 def table(data: Callable[[Path], bytes]) -> Case:
-    from tests.attacks.corpus import toy_bundle
-
     def case(folder: Path) -> Victim:
         bundle = toy_bundle(folder)
         (bundle / "classes").mkdir()
@@ -224,8 +231,6 @@ def table(data: Callable[[Path], bytes]) -> Case:
 
 
 def table_elsewhere(folder: Path) -> Victim:
-    from tests.attacks.corpus import toy_bundle
-
     bundle = toy_bundle(folder)
     document = json.loads((bundle / "manifest.json").read_bytes())
     seal(bundle, {**document, "classes": [{"name": "c", "path": "/etc/passwd", "n": 1}]})
@@ -240,8 +245,6 @@ def table_elsewhere(folder: Path) -> Victim:
 
 def archive(change: Callable[[zipfile.ZipFile, Path], object], keep: Callable[[str], bool] = lambda name: True) -> Case:
     """A bundle in one file, with more in it."""
-    from tests.attacks.corpus import toy_bundle
-
     def case(folder: Path) -> Victim:
         bundle = toy_bundle(folder)
         place = folder / "b.zip"
@@ -267,8 +270,6 @@ def entry(name: str, data: bytes = b"x", mode: int = stat.S_IFREG | 0o644, flag:
 
 def bomb(folder: Path) -> Victim:
     """A quarter of a gigabyte of zeros in as many kilobytes, listed in the manifest with its right hash."""
-    from tests.attacks.corpus import toy_bundle
-
     bundle = toy_bundle(folder)
     size, digest, zeros = 2**28, hashlib.sha256(), bytes(2**20)
     for _ in range(256):
@@ -288,8 +289,6 @@ def bomb(folder: Path) -> Victim:
 
 def linked(folder: Path) -> Victim:
     """A file of the bundle is a link to a secret, not listed as what it is."""
-    from tests.attacks.corpus import toy_bundle
-
     bundle = toy_bundle(folder)
     (folder / "secret").write_bytes(b"secret")
     (bundle / "more").symlink_to(folder)

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from tests.attacks.harness import Case, cli
-
-
-@functools.cache
-def _bundle() -> Path:
-    from tests.runtime import toy
-
-    place = Path(tempfile.mkdtemp(prefix="mclip-toy-")) / "bundle"
-    toy.build(place)
-    return place
-
-
-def toy_bundle(folder: Path) -> Path:
-    """A sound bundle of two real graphs, to be damaged."""
-    return Path(shutil.copytree(_bundle(), folder / "bundle"))
 
 
 def warm_up(folder: Path) -> None:
@@ -33,7 +16,7 @@ def warm_up(folder: Path) -> None:
     from tests.attacks import bundles, data, weights
 
     folder.mkdir(parents=True)
-    bundles.load(toy_bundle(folder))()
+    bundles.load(bundles.toy_bundle(folder))()
     cli("verify", folder / "bundle")()
     cli("inspect", folder / "bundle")()
     (folder / "photos").mkdir()

@@ -154,7 +154,7 @@ NAMES = [
 
 def names(folder: Path) -> Victim:
     """Pictures with the names of commands, options, escapes and markup: indexed, found, and shown on a page that holds none of them as markup."""
-    from tests.attacks.corpus import toy_bundle
+    from tests.attacks.bundles import toy_bundle
 
     bundle, place = toy_bundle(folder), folder / "photos"
     place.mkdir()
