@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from mobileclip.config import ModelConfig, config_from_dict, config_to_dict
 from mobileclip.model import ImageTextModel
+from mobileclip.safetensors_header import read_header
 from runtime.errors import CheckpointError
 from runtime.files import file_sha256, write_json
 from runtime.preprocess import PreprocessConfig
@@ -117,8 +119,10 @@ def load_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> I
         raise CheckpointError(f"'{folder}' has no receipt.json: writing it was interrupted; run the stage that makes it again")
     if verify:
         verify_receipt(folder)
-    model = build(config)
     try:
+        found = read_header(folder / "model.safetensors")
+        _compare({name: tuple(tensor.shape) for name, tensor in outline(config).state_dict().items()}, {name: entry.shape for name, entry in found.items()}, str(folder))
+        model = build(config)
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"'{folder / 'model.safetensors'}' cannot be read ({error}); write the checkpoint again") from None
@@ -158,27 +162,31 @@ def _outline(config: str) -> ImageTextModel:
 def _make(config: ModelConfig) -> ImageTextModel:
     from mobileclip.reparameterize import fold
 
-    model = ImageTextModel(dataclasses.replace(config, folded=False))
-    if config.folded:
-        fold(model)
+    try:
+        model = ImageTextModel(dataclasses.replace(config, folded=False))
+        if config.folded:
+            fold(model)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(f"no model can be built of the config of '{config.name}' ({type(error).__name__}: {str(error)[:200]}); was it written by hand?") from error
     return model
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Compare all keys and shapes, then copy; the model is untouched when anything differs."""
     expected = model.state_dict()
-    problems = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in state]
-    problems += [f"unexpected {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected]
-    problems += [
-        f"shape of {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        raise CheckpointError(f"{where}: {len(problems)} of {len(expected)} tensors do not fit the model: {'; '.join(sorted(problems))}")
+    _compare({name: tuple(tensor.shape) for name, tensor in expected.items()}, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(state[name])
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Names and shapes of a model and of a file; CheckpointError lists every difference."""
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
+    problems += [f"shape of {name} is {found[name]}, expected {shape}" for name, shape in expected.items() if name in found and found[name] != shape]
+    if problems:
+        raise CheckpointError(f"{where}: {len(problems)} of {len(expected)} tensors do not fit the model: {'; '.join(sorted(problems))}")
 
 
 def verify_receipt(folder: str | os.PathLike[str]) -> dict[str, Any]:

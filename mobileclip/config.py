@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from runtime.errors import CheckpointError
 
 SCHEMA = 1
+MOST, LAYERS = 1 << 22, 256
+"""Above every width, size and number of layers that there is a model of: a file that asks for more is not one of ours."""
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -88,7 +93,7 @@ class ModelConfig:
     """Where the weights come from, one sentence each."""
 
     def __post_init__(self) -> None:
-        if self.text.width % self.text.heads:
+        if not self.text.heads or self.text.width % self.text.heads:
             raise CheckpointError(
                 f"model '{self.name}': text width {self.text.width} is not a multiple of its {self.text.heads} heads; change one of them"
             )
@@ -101,6 +106,41 @@ class ModelConfig:
                 f"model '{self.name}': embed_dim {self.embed_dim}, image_size {self.image.image_size} and context_length "
                 f"{self.text.context_length} must be at least 1, 16 and 4"
             )
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "str": (lambda value: isinstance(value, str), "a text"),
+    "int": (lambda value: type(value) is int and 0 <= value <= MOST, f"a whole number from 0 to {MOST:,}"),
+    "float": (lambda value: type(value) in _NUMBER and math.isfinite(value), "a finite number"),
+    "float | None": (lambda value: value is None or (type(value) in _NUMBER and math.isfinite(value)), "a finite number or null"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "dict[str, Any]": (lambda value: isinstance(value, dict), "an object"),
+    "dict[str, int]": (
+        lambda value: isinstance(value, dict) and all(type(width) is int and 0 < width <= MOST for width in value.values()), f"an object of whole numbers up to {MOST:,}",
+    ),
+    "tuple[float, float, float]": (
+        lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(type(part) in _NUMBER and math.isfinite(part) for part in value), "three finite numbers",
+    ),
+    "tuple[str, ...]": (lambda value: isinstance(value, list | tuple) and all(isinstance(part, str) for part in value), "a list of texts"),
+}  # fmt: skip
+"""Annotation of a field -> what its value in a file must be."""
+
+
+def _wrong(kind: type, key: str, value: Any) -> str | None:
+    """What a field's value should have been; None where it is well, or where there is no such field (the constructor says so)."""
+    annotation = next((field.type for field in dataclasses.fields(kind) if field.name == key), None)
+    if not isinstance(annotation, str):
+        return None
+    if annotation.startswith("Literal["):
+        choices = ast.literal_eval(f"({annotation[8:-1]},)")
+        return None if value in choices else f"one of {', '.join(choices)}"
+    if annotation not in _KINDS:
+        return None
+    sound, expected = _KINDS[annotation]
+    if sound(value) and value <= LAYERS if key == "layers" and type(value) is int else sound(value):
+        return None
+    return expected if key != "layers" else f"a whole number from 0 to {LAYERS}"
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
@@ -117,6 +157,8 @@ def config_from_dict(data: dict[str, Any], where: str = "config.json") -> ModelC
     Raises:
         CheckpointError: unknown schema, unknown or missing fields (all of them are listed).
     """
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{where}: holds a {type(data).__name__}, expected an object with image and text; the file is not a model config")
     data = dict(data)
     schema = data.pop("schema", None)
     if schema != SCHEMA:
@@ -124,6 +166,10 @@ def config_from_dict(data: dict[str, Any], where: str = "config.json") -> ModelC
     image, text = data.pop("image", None), data.pop("text", None)
     if not isinstance(image, dict) or not isinstance(text, dict):
         raise CheckpointError(f"{where}: the sections 'image' and 'text' must both be objects; the file is not a model config")
+    for kind, section, name in ((ImageConfig, image, "image."), (TextConfig, text, "text."), (ModelConfig, data, "")):
+        for key, value in section.items():
+            if problem := _wrong(kind, key, value):
+                raise CheckpointError(f"{where}: {name}{key} is {str(value)[:60]!r}, expected {problem}; the file was written by another version or by hand")
     image = {**image, **{key: tuple(image[key]) for key in ("mean", "std") if key in image}}
     if "sources" in data:
         data["sources"] = tuple(data["sources"])

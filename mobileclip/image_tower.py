@@ -38,6 +38,9 @@ class ImageTower(nn.Module):
         return self.projection(self.trunk(pixels))  # (B, D)
 
 
+FETCHES = frozenset(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir", "num_classes"))
+
+
 def build_backbone(name: str, args: dict[str, Any], num_classes: int) -> nn.Module:
     """A backbone of ours (`OWN_BACKBONES`) or of timm, with random weights.
 
@@ -45,14 +48,16 @@ def build_backbone(name: str, args: dict[str, Any], num_classes: int) -> nn.Modu
         CheckpointError: nobody knows the name, or the arguments are refused.
     """
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    if forbidden := sorted(FETCHES & set(args)):
+        raise CheckpointError(f"image backbone '{name}' is given {', '.join(forbidden)}, by which timm would read or fetch another file; leave that out of backbone_args")
     if name not in OWN_BACKBONES and not timm.is_model(name):
         raise CheckpointError(f"image backbone '{name}' is unknown to timm {timm.__version__}; take a name from timm.list_models(), or one of {sorted(OWN_BACKBONES)}")
     try:
         if name in OWN_BACKBONES:
             return OWN_BACKBONES[name](args, num_classes)
         return timm.create_model(name, pretrained=False, num_classes=num_classes, **args)
-    except (TypeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"image backbone '{name}' refuses its arguments {args}: {error!r}") from None
+    except Exception as error:  # arguments from a file reach constructors that were not written for that
+        raise CheckpointError(f"image backbone '{name}' refuses its arguments {str(args)[:200]}: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def _build_fastvit(args: dict[str, Any], num_classes: int) -> FastVit:

@@ -64,8 +64,9 @@ def folder_of(bundle: Path) -> Path:
 
 
 def _unpack(archive: zipfile.ZipFile, part: Path, bundle: Path) -> None:
-    entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-    if len(archive.infolist()) > _MAX_ENTRIES or len(entries) < len([entry for entry in archive.infolist() if not entry.is_dir()]):
+    files = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]  # is_dir() of Python 3.11 stumbles over a name of no letters
+    entries = {entry.filename: entry for entry in files}
+    if len(archive.infolist()) > _MAX_ENTRIES or len(entries) < len(files):
         raise BundleError(f"{bundle} has {len(archive.infolist())} entries, or two of one name; expected each file of a bundle once")
     if MANIFEST not in entries:
         raise BundleError(f"{bundle} is no bundle: it holds no {MANIFEST} at its top; give a .zip made by mclip export")

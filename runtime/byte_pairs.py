@@ -103,7 +103,7 @@ def _as_written(document: dict[str, Any]) -> bool:
     """Split and special tokens as `build_clip_tokenizer` writes them; the normaliser is not used."""
     split, levels = document["pre_tokenizer"]["pretokenizers"]
     single = document["post_processor"]["single"]
-    around = [next(iter(part)) for part in single] == ["SpecialToken", "Sequence", "SpecialToken"]
+    around = [list(part)[:1] for part in single] == [["SpecialToken"], ["Sequence"], ["SpecialToken"]]
     return (
         split["pattern"] == {"Regex": SPLIT} and (split["behavior"], split["invert"]) == ("Removed", True)
         and (levels["type"], levels["add_prefix_space"], levels["use_regex"]) == ("ByteLevel", False, False)

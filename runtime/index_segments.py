@@ -78,7 +78,11 @@ def read_head(path: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         raise damaged(path, "it is cut short") from error
     if hashlib.sha256(first + text).hexdigest() != facts["head"]:
         raise damaged(path, "its header was changed")
-    return 8 + length, json.loads(text)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, "its header is not JSON") from error
+    return 8 + length, header
 
 
 class Records:
@@ -91,9 +95,12 @@ class Records:
     def __init__(self, path: Path, coding: Coding, facts: dict[str, Any]) -> None:
         self.path, self.coding = path, coding
         self._start, header = read_head(path, facts)
-        self.n = int(header["records"]["shape"][0])
-        if header["records"]["shape"][1] != coding.record_bytes:
-            raise damaged(path, f"records of {header['records']['shape'][1]} bytes, the index expects {coding.record_bytes}")
+        try:
+            self.n, width = header["records"]["shape"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, "its header names no records") from error
+        if type(self.n) is not int or width != coding.record_bytes or not 0 <= self.n * coding.record_bytes <= facts["bytes"] - self._start:
+            raise damaged(path, f"{str(self.n)[:40]} records of {str(width)[:40]} bytes, the index expects records of {coding.record_bytes} in {facts['bytes']} bytes")
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
         self._checked = np.zeros(-(-self.n // BLOCK), bool)

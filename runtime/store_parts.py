@@ -69,8 +69,10 @@ class Part:
     def _view(self, data: mmap.mmap, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
         kind = _NUMPY[dtype]
         start, stop = data_offsets
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= self.bytes for n in (*shape, start, stop)):
+            raise ValueError(f"an array has a shape or bytes that no file of {self.bytes} bytes holds: {str(shape)[:60]}")
         count = math.prod(shape)
-        if min(shape, default=0) < 0 or start < 0 or stop - start != count * kind.itemsize or self.start + stop > self.bytes:
+        if start < 0 or stop - start != count * kind.itemsize or self.start + stop > self.bytes:
             raise ValueError(f"an array of shape {shape} at bytes {start} to {stop} does not fit a file of {self.bytes} bytes")
         self.codes[name] = dtype
         return np.ndarray(shape, kind, buffer=data, offset=self.start + start)

@@ -121,6 +121,7 @@ def judge(format: str, name: str, case: Case, folder: Path, watch: _Watch) -> Ve
     home.mkdir(parents=True)
     victim = case(home)
     gc.collect()
+    place_before, cache_before = tempfile.tempdir, os.environ.get("MOBILECLIP_CACHE")
     os.environ["MOBILECLIP_CACHE"] = str(home / ".cache")
     tempfile.tempdir = str(home)
     before, files = _reset_peak(), _tree(folder, home)
@@ -155,6 +156,11 @@ def judge(format: str, name: str, case: Case, folder: Path, watch: _Watch) -> Ve
         signal.setitimer(signal.ITIMER_REAL, 0)
         watch.inside = None
         os.chdir(working)
+        tempfile.tempdir = place_before
+        if cache_before is None:
+            os.environ.pop("MOBILECLIP_CACHE")
+        else:
+            os.environ["MOBILECLIP_CACHE"] = cache_before
     seconds, megabytes = time.perf_counter() - started, (_peak() - before) / 1e6
     if seconds > SECONDS:
         problems.append(f"took {seconds:.1f} s")

@@ -29,6 +29,9 @@ def test_the_harness_sees_what_it_looks_for(tmp_path: Path) -> None:
 
     from runtime.errors import ClipError
 
+    class Raw(ClipError):
+        __str__ = Exception.__str__
+
     def raised(error: BaseException) -> object:
         raise error
 
@@ -47,7 +50,7 @@ def test_the_harness_sees_what_it_looks_for(tmp_path: Path) -> None:
     watch = _Watch()
     wrong = {
         "accepted": (lambda folder: 7, "was accepted"), "raised": (lambda folder: raised(KeyError("x")), "KeyError"), "wrote": (wrote, "did open"), "ran": (ran, "did subprocess"),
-        "two lines": (lambda folder: raised(ClipError("a\nb")), "no single sentence"), "escapes": (lambda folder: raised(ClipError("\x1b[2J")), "do not print"),
+        "two lines": (lambda folder: raised(Raw("a\nb")), "no single sentence"), "escapes": (lambda folder: raised(Raw("\x1b[2J")), "do not print"),
         "took": (took, "MB"),
     }  # fmt: skip
     for name, (victim, expected) in wrong.items():

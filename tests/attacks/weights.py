@@ -93,11 +93,12 @@ def checkpoint(change: Callable[[dict[str, Any]], object]) -> Case:
     """A folder with a config that asks for the impossible, read as a checkpoint."""
 
     def case(folder: Path) -> Victim:
+        from mobileclip.config import config_to_dict
         from mobileclip.presets import preset
 
         place = folder / "ckpt"
         place.mkdir()
-        config = json.loads(json.dumps(preset("pocket_s").as_dict() if hasattr(preset("pocket_s"), "as_dict") else __import__("dataclasses").asdict(preset("pocket_s"))))
+        config = json.loads(json.dumps(config_to_dict(preset("pocket_s"))))
         change(config)
         (place / "config.json").write_text(json.dumps(config))
         (place / "model.safetensors").write_bytes(tensors({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)))
@@ -167,6 +168,7 @@ CHECKPOINTS: dict[str, Case] = {
     "pictures of 10^9 pixels a side": checkpoint(lambda c: c["image"].update(image_size=10**9)),
     "negative sizes": checkpoint(lambda c: c["text"].update(width=-512)),
     "sizes that are texts": checkpoint(lambda c: c["text"].update(width="512; touch mark")),
+    "backbone whose arguments name a file": checkpoint(lambda c: c["image"].update(backbone="mobilenetv3_small_050", backbone_args={"checkpoint_path": "/etc/passwd"})),
     "backbone that is a path": checkpoint(lambda c: c["image"].update(backbone="../../evil")),
     "hub id that leaves the cache": hub("hf-hub:../../x"),
     "hub revision that leaves the cache": hub("hf-hub:a/b@../../x"),

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import atheris
+from atheris import custom_mutator  # noqa: F401  (else it is loaded when there may be no room for it)
 
 OURS = ("runtime", "mobileclip", "distill", "benchmarks")
 ADDRESS_SPACE = 6 * 2**30
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
                 well(reader, seed)
         for number, seed in enumerate(seeds):
             (Path(corpus) / f"sound-{number}").write_bytes(seed)
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        if target.bounded:
+            resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
 
         def changed(data: bytes, size: int, seed: int) -> bytes:
             return target.change(data, size, seed, atheris.Mutate)

@@ -33,7 +33,11 @@ def fuzz(name: str, seconds: float, out: Path) -> dict[str, object]:
     before = set(finds.iterdir())
     with log.open("wb") as file:
         command = [sys.executable, "-m", "tests.fuzz.child", name, str(corpus), str(finds), f"-max_total_time={max(1, round(seconds))}"]
-        code = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, check=False, timeout=seconds + 300, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}).returncode
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        try:
+            code = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, check=False, timeout=seconds + 90, env=environment).returncode
+        except subprocess.TimeoutExpired:
+            code = -1000  # not even libFuzzer's own alarm was heard
     said = log.read_text(encoding="utf-8", errors="replace")
 
     def figure(pattern: str) -> int:

@@ -28,6 +28,8 @@ class Target:
     change: Callable[[bytes, int, int, mutation.Mutate], bytes] = mutation.of_bytes
     most: int = 16_384
     """Bytes of an input."""
+    bounded: bool = True
+    """Whether the process gets little address space, so that memory that a file merely claims is a find. (An engine for scripts reserves more than that.)"""
 
 
 def _bundle(folder: Path) -> Path:
@@ -225,7 +227,8 @@ def results(folder: Path) -> tuple[Reader, list[bytes]]:
 
     place = folder / "r.jsonl"
     samples = [1_000_000 + 1000 * n for n in range(40)]
-    sound = line(samples=samples, summary=summarise(np.array(samples)).as_dict(), figures={"tower": "image", "target": "onnx", "precision": "fp32", "accuracy": {"cosine_min": 1.0}})
+    summary = summarise(np.array(samples)).as_dict()
+    sound = line(samples=samples, summary=summary, figures={"tower": "image", "target": "onnx", "precision": "fp32", "accuracy": {"cosine_min": 1.0}})
 
     def read(data: bytes) -> object:
         place.write_bytes(data)
@@ -233,7 +236,7 @@ def results(folder: Path) -> tuple[Reader, list[bytes]]:
         assert "<script>alert" not in document
         return len(document)
 
-    return read, [sound, sound + line(phase="text_tower", samples=samples, summary=summarise(np.array(samples)).as_dict())]
+    return read, [sound, sound + line(phase="text_tower", samples=samples, summary=summary)]
 
 
 def importers(folder: Path) -> tuple[Reader, list[bytes]]:
@@ -296,7 +299,8 @@ def captions(folder: Path) -> tuple[Reader, list[bytes]]:
         place.write_bytes(data)
         return open_captions(place)
 
-    return read, [b'{"key": "a", "captions": [{"text": "a dog", "type": "synthetic", "language": "en", "source": "m", "parent": -1, "sentence": -1}, {"text": "x"}]}\n{"key": "b", "captions": []}\n']
+    full = b'{"key": "a", "captions": [{"text": "a dog", "type": "synthetic", "language": "en", "source": "m", "parent": -1, "sentence": -1}, {"text": "x"}]}'
+    return read, [full + b'\n{"key": "b", "captions": []}\n']
 
 
 def keep_list(folder: Path) -> tuple[Reader, list[bytes]]:
@@ -431,7 +435,7 @@ TARGETS: dict[str, Target] = {
     "pairs": Target(prepare=pairs, change=mutation.of_tar, most=32_768),
     "store-index": Target(prepare=store_index, change=JSON),
     "store-part": Target(prepare=store_part, change=TENSORS),
-    "results": Target(prepare=results, change=LINES),
+    "results": Target(prepare=results, change=LINES, bounded=False),
     "importers": Target(prepare=importers, most=4096),
     "published-sample": Target(prepare=published_sample, most=8192),
     "captions": Target(prepare=captions, change=LINES, most=4096),

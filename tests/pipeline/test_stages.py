@@ -151,7 +151,7 @@ def test_an_interrupted_parent_stops_its_children_and_begins_nothing_more(tmp_pa
     """A lone SIGINT reaches the parent only; a terminal would have interrupted the children as well."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom benchmarks.suites.stages import Stages\nout = Path(sys.argv[1])\n"
-        "stages = Stages(out, lambda line: print(line, flush=True))\n"
+        "stages = Stages(out, lambda line: (sys.stdout.write(line + chr(10)), sys.stdout.flush()))\n"
         "def work(name):\n    return lambda: [stages.run(f'{name}{n}', [['long_module', str(out / f'{name}{n}.ended')]]) for n in range(3)] and None\n"
         "stages.chains(work('a'), work('b'))"
     )

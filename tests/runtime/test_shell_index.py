@@ -17,9 +17,8 @@ import pytest
 
 from mobileclip.cli import main
 from runtime import shell, shell_index
-from runtime.errors import SearchError
+from runtime.errors import SearchError, shown
 from runtime.index_page import contact_sheet, file_url
-from runtime.errors import shown
 from runtime.pairs import write_shard
 from tests.runtime import toy
 from tests.runtime.test_evaluation import facts, sample
