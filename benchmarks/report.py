@@ -37,8 +37,8 @@ def write_report(
         results = [run / "results.jsonl"]
     if not results and run is None and efficiency is None and front is None:
         raise ResultsError("there is nothing to report on; name results files, or a run folder with --run")
-    material = gather(results, run, efficiency=efficiency, front=front)
     try:
+        material = gather(results, run, efficiency=efficiency, front=front)
         html, names = render(material, title)
     except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:  # members that are allowed to be anything were something else
         what = f"{type(error).__name__}: {error}"

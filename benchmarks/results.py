@@ -135,8 +135,8 @@ def identity(row: Line) -> tuple[str, ...]:
     return (
         row["kind"],
         row["phase"],
-        row["artefact"] or "",
-        (row["bundle"] or {}).get("sha256", ""),
+        row.get("artefact") or "",
+        (row.get("bundle") or {}).get("sha256", ""),
         str(settings.get("threads", "")),
         str(settings.get("input_sha256", "")),
         str(settings.get("reference_sha256", "")),

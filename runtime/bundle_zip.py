@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 import stat
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 from runtime.bundle_files import MANIFEST, walk_files
@@ -39,7 +41,7 @@ def is_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return MANIFEST in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile, ValueError, IndexError, OverflowError, struct.error, NotImplementedError):
         return False
 
 
@@ -57,7 +59,7 @@ def folder_of(bundle: Path) -> Path:
             with zipfile.ZipFile(bundle) as archive, whole_folder(place) as part:
                 _unpack(archive, part, bundle)
         return place
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, IndexError, OverflowError, struct.error, zlib.error) as error:
         raise BundleError(f"{bundle} is no bundle: it cannot be read as a zip archive ({str(error)[:120]}); give a bundle folder or a .zip made by mclip export") from None
     except OSError as error:
         raise BundleError(f"{bundle} cannot be unpacked ({error.strerror or error}); set MOBILECLIP_CACHE to a folder with room, or unpack it yourself") from error

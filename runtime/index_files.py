@@ -39,7 +39,7 @@ _LOOKUP = 500  # variables of one statement
 
 def row_crc(*values: Any) -> int:
     """CRC-32 of a row: its values as bytes (numbers decimal, NULL empty, texts UTF-8), each followed by 0x1F."""
-    parts = [value if type(value) is bytes else b"" if value is None else b"%d" % value if type(value) is int else value.encode("utf-8", "surrogateescape") for value in values]
+    parts = [value if type(value) is bytes else b"" if value is None else b"%d" % value if type(value) is int else str(value).encode("utf-8", "surrogateescape") for value in values]
     return zlib.crc32(b"\x1f".join(parts) + b"\x1f")
 
 
@@ -165,7 +165,14 @@ class Files:
         for number, rows, files, crc in self.rows("SELECT id, rows, files, crc FROM segments ORDER BY id"):
             if row_crc(number, rows, files) != crc:
                 raise damaged(self.path, f"the entry of segment {number} does not match its checksum")
-            found[number] = (rows, json.loads(files))
+            try:
+                facts = json.loads(files)
+                sound = type(rows) is int and isinstance(facts, dict) and all(isinstance(one, dict) and type(one.get("bytes")) is int for one in facts.values())
+            except (ValueError, TypeError, RecursionError):
+                sound = False
+            if not sound:
+                raise damaged(self.path, f"the entry of segment {number} is none that this program writes")
+            found[number] = (rows, facts)
         return found
 
     def next_segment(self) -> int:

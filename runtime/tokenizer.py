@@ -7,10 +7,11 @@ CLIP's own vocabulary is spelled here (`runtime/byte_pairs.py`), each word once 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return [(pair[0], pair[1]) for pair in pairs]
 
 
+@contextlib.contextmanager
+def _no_panic(path: Path, what: str = "a tokenizer file that contradicts itself") -> Iterator[None]:
+    """What the compiled package raises over a file that contradicts itself (a bare Exception, or a panic that is none), as the error that it is."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, CheckpointError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise CheckpointError(f"{path}: {what} ({' '.join(str(error).split())[:120]}); expected the JSON that `tokenizers` saves") from None
+
+
 class Tokenizer:
     """Texts -> int32 (B, context_length); made by `Tokenizer.open`. Can be pickled (with its content, so the file may go)."""
 
@@ -108,11 +120,12 @@ class Tokenizer:
             needed = len(self._specials)
         else:
             self._pairs, self._tokenizer = None, spelled
-            # a file may leave ids out, and name others beyond their number
-            self.vocab_size = max(spelled.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-            if cleaning == "clip":
-                self._specials = {SOT: spelled.token_to_id(SOT), EOT: spelled.token_to_id(EOT)}
-            needed = max(len(spelled.encode("").ids), 1)
+            with _no_panic(path):
+                # a file may leave ids out, and name others beyond their number
+                self.vocab_size = max(spelled.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+                if cleaning == "clip":
+                    self._specials = {SOT: spelled.token_to_id(SOT), EOT: spelled.token_to_id(EOT)}
+                needed = max(len(spelled.encode("").ids), 1)
         if context_length < needed:
             raise CheckpointError(f"{path}: context_length is {context_length}, too short for the {needed} special tokens of an empty text")
         if self._pairs is None:
@@ -157,10 +170,8 @@ class Tokenizer:
             if error.name != "tokenizers":
                 raise
             raise MissingExtraError("tokenizers", "tokenizers", f"a tokenizer other than CLIP's ({path.name})") from None
-        try:
+        with _no_panic(path, "not a tokenizer file"):
             tokenizer = RustTokenizer.from_buffer(data)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise CheckpointError(f"{path}: not a tokenizer file ({error}); expected the JSON that `tokenizers` saves") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if cleaning == "clip":
@@ -189,10 +200,11 @@ class Tokenizer:
         if self._words is not None:
             return self._rows_of_words(texts, self._words)
         clean = [self.clean(text) for text in texts]
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean)]
-        for n, text in enumerate(clean):
-            if any(special in text for special in self._specials):
-                rows[n] = self._with_literal_specials(text)
+        with _no_panic(self.path):
+            rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean)]
+            for n, text in enumerate(clean):
+                if any(special in text for special in self._specials):
+                    rows[n] = self._with_literal_specials(text)
         return np.array(rows, np.int32)
 
     def _rows_of_words(self, texts: Sequence[str], words: WordCache) -> np.ndarray:
