@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ COUNTS: dict[str, dict[str, int]] = {
     "bench": {**dict.fromkeys(FAULTS, 2), "kill -9": 3},
 }
 """Faults of each kind in each stage."""
+QUICK: dict[str, dict[str, int]] = {"index": dict.fromkeys(FAULTS, 1), "bench": {"kill -9": 1, "short writes, then EFBIG": 1, "rename fails (EACCES)": 1}}
+"""Some of them, for every run of the tests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,24 +230,30 @@ class Bench:
         return None
 
 
-def warm_up() -> None:
+MODULES: dict[str, tuple[str, ...]] = {
+    "reinforce": ("torch", "distill.reinforce", "tests.distill.test_reinforce"),
+    "train": ("torch", "distill.train", "tests.distill.world"),
+    "compress": ("torch", "export.compress", "tests.export.conftest"),
+    "export": ("torch", "export.bundle", "export.to_onnx", "onnxruntime", "tests.export.conftest"),
+    "index": ("runtime.shell_index", "onnxruntime", "tests.runtime.toy"),
+    "bench": ("benchmarks.latency", "onnxruntime", "tests.runtime.toy"),
+}
+
+
+def warm_up(stages: Iterable[str]) -> None:
     """Import what the stages import, and start none of its threads: a forked child has only the thread that forked."""
     import logging
 
-    import torch
-
-    torch.set_num_threads(1)
-    for module in (
-        *("distill.reinforce", "distill.train", "export.compress", "export.bundle", "export.to_onnx", "runtime.shell_index", "benchmarks.latency", "onnxruntime"),
-        *("mobileclip.cli", "tests.distill.test_reinforce", "tests.distill.world", "tests.export.conftest", "tests.runtime.toy"),
-    ):
+    for module in ("mobileclip.cli", *dict.fromkeys(module for stage in stages for module in MODULES[stage])):
         __import__(module)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     logging.getLogger().handlers.clear()
 
 
 def run_faults(work: Path, counts: dict[str, dict[str, int]]) -> Iterator[Outcome]:
     """All faults of these counts, by stage."""
-    warm_up()
+    warm_up(counts)
     os.environ.update(MCLIP_PROGRESS="0", MOBILECLIP_CACHE=str(work / "cache"), OMP_NUM_THREADS="1", MOBILECLIP_MEASURE="0")
     for name, faults in counts.items():
         bench = Bench(name, work)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.harness import COUNTS, Outcome, run_faults
+from tests.faults.harness import COUNTS, QUICK, Outcome, run_faults
 
 
 def main() -> int:
@@ -22,8 +22,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.run")
     parser.add_argument("stages", nargs="*", choices=[*COUNTS, []], default=[])
     parser.add_argument("--times", type=int, default=1, help="each count this many times")
+    parser.add_argument("--quick", action="store_true", help="a few of them, in seconds")
     options = parser.parse_args()
-    counts = {name: {fault: n * options.times for fault, n in faults.items()} for name, faults in COUNTS.items() if not options.stages or name in options.stages}
+    every = QUICK if options.quick else COUNTS
+    counts = {name: {fault: n * options.times for fault, n in faults.items()} for name, faults in every.items() if not options.stages or name in options.stages}
     total, started = sum(sum(faults.values()) for faults in counts.values()), time.monotonic()
     found: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="mclip-faults-") as name:
