@@ -91,7 +91,9 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
             if sum(entry.file_size for entry in entries) > MAX_VECTORS or len(entries) > 64:
                 raise DamagedSampleError(f"its .npz unpacks to more than {MAX_VECTORS >> 20} MB")
             return {entry.filename.removesuffix(".npy"): _npy(entry.filename, archive.read(entry)) for entry in entries}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+    except DamagedSampleError:
+        raise
+    except Exception as error:  # zipfile and what it unpacks with raise a dozen types
         raise DamagedSampleError(f"its .npz does not unpack ({_short(error)})") from None
 
 
@@ -122,7 +124,9 @@ def read_pth_gz(data: bytes) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(plain)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_VECTORS:
                 raise DamagedSampleError(f"its .pth.gz unpacks to more than {MAX_VECTORS >> 20} MB")
-    except (zlib.error, zipfile.BadZipFile, EOFError) as error:
+    except DamagedSampleError:
+        raise
+    except Exception as error:  # as above
         raise DamagedSampleError(f"its .pth.gz does not unpack ({_short(error)})") from None
     found = _load_tensors(plain)
     if not isinstance(found, dict):
