@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock faults docs test-docs web test-web test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock faults fuzz load docs test-docs web test-web test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -91,6 +91,15 @@ test-docs: $(DEV)
 
 faults: $(DEV)
 	$(BIN)/python -m tests.faults.run
+
+# SECONDS on two processors, shared among all readers of strangers' files.
+SECONDS ?= 600
+fuzz: $(DEV)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
+
+load: $(STAMP)
+	$(BIN)/python -m benchmarks.suites.load --run out/demo --out out/load
 
 attacks: $(DEV)
 	$(BIN)/python -m tests.attacks.run

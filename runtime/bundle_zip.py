@@ -74,7 +74,7 @@ def _unpack(archive: zipfile.ZipFile, part: Path, bundle: Path) -> None:
         raise BundleError(f"{bundle} is no bundle: it holds no {MANIFEST} at its top; give a .zip made by mclip export")
     for entry in entries.values():
         if entry.flag_bits & 1 or stat.S_ISLNK(entry.external_attr >> 16) or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BundleError(f"{bundle}: the entry '{entry.filename[:80]}' is a link, encrypted or of a rare compression; a bundle has plain files only")
+            raise BundleError(f"{bundle}: the entry '{entry.filename[:80]}' is a link or encrypted, or of a rare compression; a bundle has plain files only")
     with archive.open(MANIFEST) as file:
         raw = file.read(MOST_BYTES + 1)
     manifest = parse_manifest(raw, bundle / MANIFEST)

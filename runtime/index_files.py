@@ -39,7 +39,10 @@ _LOOKUP = 500  # variables of one statement
 
 def row_crc(*values: Any) -> int:
     """CRC-32 of a row: its values as bytes (numbers decimal, NULL empty, texts UTF-8), each followed by 0x1F."""
-    parts = [value if type(value) is bytes else b"" if value is None else b"%d" % value if type(value) is int else str(value).encode("utf-8", "surrogateescape") for value in values]
+    parts = [
+        value if type(value) is bytes else b"" if value is None else b"%d" % value if type(value) is int else str(value).encode("utf-8", "surrogateescape")
+        for value in values
+    ]
     return zlib.crc32(b"\x1f".join(parts) + b"\x1f")
 
 
