@@ -38,7 +38,8 @@ from runtime.store_parts import Part
 from runtime.tar_index import index_shard
 
 _STATE: dict[str, Any] = {}
-_KEPT_SHARDS = 2
+_KEPT_SHARDS, OPEN_TEXTS = 2, 64
+"""Files that a worker holds open: shards, and texts of the work folder."""
 
 
 def start_worker(teachers: tuple[str, ...], device: str, decode_threads: int) -> None:
@@ -46,7 +47,7 @@ def start_worker(teachers: tuple[str, ...], device: str, decode_threads: int) ->
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     _STATE.clear()
-    _STATE.update(specs=teachers, device=device, threads=decode_threads, shards=OrderedDict())
+    _STATE.update(specs=teachers, device=device, threads=decode_threads, shards=OrderedDict(), texts=OrderedDict())
 
 
 def loaded_teachers() -> list[Any]:
@@ -252,10 +253,12 @@ def _embed_captions(task: PartTask, captions: dict[int, list[Caption]]) -> dict[
 
 
 def _text_file(work: str, number: int) -> Part:
-    key = ("texts", work, number)
-    if key not in _STATE:
-        _STATE[key] = Part(text_path(Path(work), number))
-    return _STATE[key]
+    kept: OrderedDict[tuple[str, int], Part] = _STATE["texts"]
+    part = kept.pop((work, number), None) or Part(text_path(Path(work), number))
+    kept[work, number] = part
+    if len(kept) > OPEN_TEXTS:  # every one holds a file open; a long run would otherwise hold them all
+        kept.popitem(last=False)
+    return part
 
 
 def _similarity(rows: PartRows) -> np.ndarray:

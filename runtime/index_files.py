@@ -183,9 +183,15 @@ class Files:
         found = self.rows("SELECT seq FROM sqlite_sequence WHERE name='segments'")
         return (found[0][0] if found else 0) + 1
 
-    def known(self) -> set[bytes]:
-        """Hashes of all contents that have a vector."""
-        return {row[0] for row in self.rows("SELECT hash FROM contents")}
+    def known(self, among: Sequence[bytes] | None = None) -> set[bytes]:
+        """Hashes of all contents that have a vector, or of those among some."""
+        if among is None:
+            return {row[0] for row in self.rows("SELECT hash FROM contents")}
+        found: set[bytes] = set()
+        for start in range(0, len(among), _LOOKUP):
+            part = among[start : start + _LOOKUP]
+            found |= {row[0] for row in self.rows(f"SELECT hash FROM contents WHERE hash IN ({','.join('?' * len(part))})", part)}
+        return found
 
     def found(self, segment: int, rows: Sequence[int], where: str = "", values: Sequence[Any] = ()) -> dict[int, list[tuple[bytes, str]]]:
         """Row of a segment -> [(path, taken)] of its files in order of path; `where` (from `condition`) narrows the files, not the check of their number."""

@@ -21,6 +21,9 @@ from runtime.index_scan import HASH_BYTES
 from runtime.index_segments import remove_strangers
 from runtime.index_vectors import LISTS_FROM, to_merge
 
+MANY = 32
+"""Segments that `add_vectors` leaves before it merges the small ones; `settle` leaves fewer."""
+
 if TYPE_CHECKING:
     from runtime.index import Index
 
@@ -121,7 +124,7 @@ def add_vectors(index: Index, paths: Sequence[bytes], vectors: np.ndarray, taken
     with writing(index):
         remove_strangers(index.vectors.folder, named(index))
         hashes = [hashlib.sha256(row).digest()[:HASH_BYTES] for row in vectors]
-        known = index.files.known()
+        known = index.files.known(hashes)
         first = {digest: row for row, digest in reversed(list(enumerate(hashes))) if digest not in known}
         rows = sorted(first.values())
         now = time.time_ns()
@@ -136,6 +139,8 @@ def add_vectors(index: Index, paths: Sequence[bytes], vectors: np.ndarray, taken
                 content = db.execute("SELECT id FROM contents WHERE hash=?", (digest,)).fetchone()[0]
                 put_file(db, (path, 0, 0, now, taken, 0, content, None, 0))
         index.refresh(force=True)
+        if len(index.files.segments()) > MANY:  # each is an open file
+            merge(index)
 
 
 def named(index: Index) -> set[str]:
