@@ -103,7 +103,7 @@ def run_pages(pages: tuple[str, ...], work: Path) -> list[Ran]:
     """All commands of these pages."""
     import tests.faults.harness as harness
 
-    harness.warm_up()
+    harness.warm_up(harness.MODULES)
     os.environ.update(MCLIP_PROGRESS="0", MOBILECLIP_CACHE=str(work / "cache"), OMP_NUM_THREADS="1", MOBILECLIP_MEASURE="0", MCLIP_BUNDLE="BUNDLE")
     world = work / "world"
     _, error = ask(work, lambda: make_world(world))
