@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # compile torch and timm anew, more than ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock faults fuzz load docs test-docs web test-web test test-all test-wheel lint fix clean
+.PHONY: install demo demo-quick efficiency bench-adaptation bench-compress bench-runtime bench-training grid bench-store bench-scale bench-poison bench-tokenizer bench-loading bench-compare bench-peers attacks audit licences lock faults fuzz load coverage docs test-docs web test-web test test-all test-wheel lint fix clean
 
 install: $(STAMP)
 
@@ -120,6 +120,14 @@ lock: $(DEV)
 test: $(DEV)
 	$(BIN)/python -m distill.fetch
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" --durations=12
+
+# Lines and branches that the default tests reach, by folder; processes that end by a signal do not report.
+coverage: $(DEV)
+	$(BIN)/python -m distill.fetch
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q -n 2 -m "not slow" -p no:cacheprovider
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m tests.coverage_by_folder
 
 test-all: $(DEV)
 	$(BIN)/python -m distill.fetch
