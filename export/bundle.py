@@ -37,7 +37,7 @@ from export.towers import TOWERS, choose_rows, embed, read_samples, text_encoder
 from export.verify import FLOATS, THRESHOLDS, Thresholds, reference_of, spread
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, verify_receipt
 from mobileclip.config import ModelConfig
-from mobileclip.reparameterize import reparameterize
+from mobileclip.folding import reparameterize
 from runtime.bundle_zip import is_zip, pack
 from runtime.errors import BundleError, CheckpointError, RecipeError
 from runtime.manifest import Artefact, ImageSpec, Manifest, TextSpec, write_manifest

@@ -27,10 +27,10 @@ from export.search import SETTLE
 from export.to_onnx import OnnxEncoder, export_onnx, serialize
 from export.towers import Samples, Tower, encoder_of
 from mobileclip.config import ModelConfig
+from mobileclip.folding import reparameterize
 from mobileclip.inherit import inherit
 from mobileclip.model import ImageTextModel, count_parameters
 from mobileclip.pocket import PocketTrunk
-from mobileclip.reparameterize import reparameterize
 from runtime.errors import RecipeError
 from runtime.files import write_json
 

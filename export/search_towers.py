@@ -16,8 +16,8 @@ from export.to_onnx import export_onnx
 from export.towers import TOWERS, Tower, choose_rows, encoder_of, read_samples
 from export.verify import at_chance, reference_of
 from mobileclip.checkpoint import open_tokenizer, preprocess_config
+from mobileclip.folding import reparameterize
 from mobileclip.model import ImageTextModel
-from mobileclip.reparameterize import reparameterize
 from runtime.errors import RecipeError
 from runtime.pairs import open_pairs
 

@@ -19,7 +19,7 @@ _NAMES = {
     "create_model": "mobileclip.models",
     "create_model_and_transforms": "mobileclip.models",
     "get_tokenizer": "mobileclip.models",
-    "reparameterize": "mobileclip.reparameterize",
+    "reparameterize": "mobileclip.folding",
     "save_checkpoint": "mobileclip.checkpoint",
     "load_checkpoint": "mobileclip.checkpoint",
 }
@@ -30,12 +30,7 @@ __all__ = ["__version__", *_NAMES]
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'mobileclip' has no attribute '{name}'")
-    if name != "reparameterize":
-        return getattr(importlib.import_module(_NAMES[name]), name)
-    # The function and its module share a name: bind the function over the module that the import leaves behind.
-    function = getattr(importlib.import_module(_NAMES[name]), name)
-    globals()[name] = function
-    return function
+    return getattr(importlib.import_module(_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:

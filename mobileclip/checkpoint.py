@@ -160,7 +160,7 @@ def _outline(config: str) -> ImageTextModel:
 
 
 def _make(config: ModelConfig) -> ImageTextModel:
-    from mobileclip.reparameterize import fold
+    from mobileclip.folding import fold
 
     try:
         model = ImageTextModel(dataclasses.replace(config, folded=False))

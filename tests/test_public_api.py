@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +17,13 @@ FOLDERS = ("mobileclip", "distill", "export", "runtime", "benchmarks")
 def test_the_public_api_is_the_golden_one() -> None:
     golden = (ROOT / "tests/golden/public_api.txt").read_text(encoding="utf-8")
     assert public_api() == golden, "a public name changed: if that is meant, write the golden file anew (python -m tests.public_api) and a line in CHANGELOG.md"
+
+
+def test_no_public_name_is_a_modules_name_too() -> None:
+    """`from package.name import …` anywhere would leave the module where the function was."""
+    for package in ("runtime", "mobileclip", "distill", "export"):
+        module = importlib.import_module(package)
+        assert not set(getattr(module, "__all__", ())) & {found.name for found in pkgutil.iter_modules(module.__path__)}
 
 
 def test_every_setting_and_option_is_read_somewhere() -> None:

@@ -36,9 +36,9 @@ from export.to_openvino import OpenVinoEncoder, import_openvino, nothing_said, s
 from export.towers import TOWERS, Tower, encoder_of
 from export.verify import centred_cosines
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
+from mobileclip.folding import reparameterize
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import preset
-from mobileclip.reparameterize import reparameterize
 from runtime.evaluation import TEMPLATES, retrieval
 from runtime.files import write_json
 from runtime.manifest import read_manifest

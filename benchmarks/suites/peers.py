@@ -44,9 +44,9 @@ from export.towers import TOWERS, Samples, Tower, encoder_of
 from export.verify import centred_cosines
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.conversion import convert
+from mobileclip.folding import reparameterize, structured_images
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import preset
-from mobileclip.reparameterize import reparameterize, structured_images
 from runtime.files import file_sha256, write_json
 from runtime.preprocess import preprocess
 

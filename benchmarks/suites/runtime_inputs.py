@@ -20,8 +20,8 @@ from export.to_openvino import import_openvino, nothing_said, save
 from export.towers import TOWERS, Tower, encoder_of
 from mobileclip.checkpoint import build_tokenizer, preprocess_config
 from mobileclip.config import ModelConfig
+from mobileclip.folding import reparameterize
 from mobileclip.model import ImageTextModel
-from mobileclip.reparameterize import reparameterize
 from runtime.manifest import Artefact, ImageSpec, Manifest, TextSpec, write_manifest
 from runtime.preprocess import preprocess
 from runtime.selfcheck import write_golden

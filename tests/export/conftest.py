@@ -20,9 +20,9 @@ from export.towers import Samples, Tower, read_samples
 from export.verify import Reference, reference_of
 from mobileclip.checkpoint import open_tokenizer, preprocess_config, save_checkpoint
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
+from mobileclip.folding import structured_images
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import preset
-from mobileclip.reparameterize import structured_images
 from runtime.pairs import open_pairs, write_shard
 
 torch.set_num_threads(1)

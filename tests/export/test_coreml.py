@@ -19,7 +19,7 @@ from export.to_onnx import OnnxEncoder, export_onnx, serialize  # noqa: E402
 from export.towers import encoder_of  # noqa: E402
 from export.verify import failure, measure, reference_of  # noqa: E402
 from mobileclip.checkpoint import load_checkpoint  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import BundleError, ParityError, RecipeError  # noqa: E402
 from runtime.manifest import read_manifest  # noqa: E402
 from tests.export.conftest import job_of, rows_of, teacher_like  # noqa: E402

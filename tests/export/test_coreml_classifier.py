@@ -14,7 +14,7 @@ from export.to_coreml import as_picture  # noqa: E402
 from export.to_coreml_classifier import check_probabilities, drafts, read_classes  # noqa: E402
 from export.verify import failure, measure  # noqa: E402
 from mobileclip import cli  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import ParityError, RecipeError  # noqa: E402
 from tests.export.conftest import job_of  # noqa: E402
 

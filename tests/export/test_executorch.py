@@ -19,7 +19,7 @@ from export.draft import Draft, Job  # noqa: E402
 from export.to_executorch import Delegable, ExecutorchEncoder, Table, attention, drafts, require  # noqa: E402
 from export.towers import encoder_of  # noqa: E402
 from export.verify import measure  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import BundleError, MissingExtraError, ParityError  # noqa: E402
 from tests.export.conftest import Odd  # noqa: E402
 

@@ -18,7 +18,7 @@ from export import to_hf  # noqa: E402
 from export.towers import embed, encoder_of  # noqa: E402
 from export.verify import measure  # noqa: E402
 from mobileclip.checkpoint import open_tokenizer, preprocess_config  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import CheckpointError, MissingExtraError  # noqa: E402
 from runtime.tokenizer import Tokenizer  # noqa: E402
 from tests.export.conftest import job_of  # noqa: E402

@@ -17,7 +17,7 @@ from export.draft import Draft, Job  # noqa: E402
 from export.to_litert import LiteRtEncoder  # noqa: E402
 from export.towers import TOWERS, embed, text_encoder  # noqa: E402
 from export.verify import measure  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import MissingExtraError, ParityError  # noqa: E402
 from tests.export.conftest import qr_model  # noqa: E402
 

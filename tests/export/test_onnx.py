@@ -17,7 +17,7 @@ from export.to_onnx import OnnxEncoder, check_constants, check_whole, export_onn
 from export.to_tensorrt import audit_types, build_ahead
 from export.towers import Encoder, fold_norms, image_encoder, text_encoder
 from export.verify import measure
-from mobileclip.reparameterize import reparameterize
+from mobileclip.folding import reparameterize
 from runtime.errors import ParityError
 from tests.export.conftest import teacher_like
 
@@ -66,7 +66,7 @@ def test_files_hold_every_shape_and_nothing_that_computes_nothing(pocket_bundle)
 
 def test_second_export_gives_the_same_bytes(samples, pocket_bundle, pocket_checkpoint, tmp_path):
     from mobileclip.checkpoint import load_checkpoint
-    from mobileclip.reparameterize import reparameterize
+    from mobileclip.folding import reparameterize
 
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
     again = free_length(export_onnx(text_encoder(folded), samples.tokens))
@@ -76,7 +76,7 @@ def test_second_export_gives_the_same_bytes(samples, pocket_bundle, pocket_check
 
 def test_batch_1_is_the_graph_of_a_separate_export(pocket_checkpoint, samples, pocket_bundle):
     from mobileclip.checkpoint import load_checkpoint
-    from mobileclip.reparameterize import reparameterize
+    from mobileclip.folding import reparameterize
 
     folded, _ = reparameterize(load_checkpoint(pocket_checkpoint))
     separate = export_onnx(text_encoder(folded), samples.tokens, batch="1")

@@ -15,7 +15,7 @@ import export.to_ort
 from export.to_onnx import OnnxEncoder, operation_counts, serialize
 from export.verify import failure, measure
 from mobileclip.checkpoint import load_checkpoint, preprocess_config
-from mobileclip.reparameterize import reparameterize
+from mobileclip.folding import reparameterize
 from runtime.backends import OnnxTower
 from runtime.errors import ParityError, RecipeError
 from runtime.preprocess import PreprocessConfig, preprocess

@@ -19,7 +19,7 @@ from export import to_openvino  # noqa: E402
 from export.draft import Draft, Job  # noqa: E402
 from export.to_openvino import PRECISIONS, OpenVinoEncoder, drafts, require  # noqa: E402
 from export.verify import measure  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import BundleError, MissingExtraError, ParityError  # noqa: E402
 
 LEAST = {"fp32": 0.99999, "fp16": 0.9995}

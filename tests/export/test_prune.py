@@ -12,7 +12,7 @@ from export.prune import feed_forwards, kept_width, prune_ffn
 from export.to_onnx import OnnxEncoder, export_onnx, serialize
 from export.towers import Encoder, embed, image_encoder, text_encoder
 from mobileclip.checkpoint import load_checkpoint, save_checkpoint
-from mobileclip.reparameterize import reparameterize
+from mobileclip.folding import reparameterize
 from runtime.errors import RecipeError
 from tests.export.conftest import teacher_like
 

@@ -18,7 +18,7 @@ from export import to_qnn  # noqa: E402
 from export.to_onnx import export_onnx  # noqa: E402
 from export.towers import Encoder  # noqa: E402
 from export.verify import measure  # noqa: E402
-from mobileclip.reparameterize import reparameterize  # noqa: E402
+from mobileclip.folding import reparameterize  # noqa: E402
 from runtime.errors import MissingExtraError, ParityError  # noqa: E402
 from tests.export.conftest import job_of  # noqa: E402
 

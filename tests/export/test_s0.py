@@ -9,8 +9,8 @@ from export.prune import prune_ffn
 from export.to_onnx import OnnxEncoder, export_onnx, operation_counts, write_onnx
 from export.towers import TOWERS, Samples, encoder_of
 from export.verify import check, measure, reference_of
+from mobileclip.folding import reparameterize, structured_images
 from mobileclip.presets import preset
-from mobileclip.reparameterize import reparameterize, structured_images
 from tests.export.conftest import calibrated
 
 

@@ -25,8 +25,8 @@ from export.to_onnx import export_onnx
 from export.towers import encoder_of, read_samples
 from export.verify import Reference, reference_of
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, preprocess_config, save_checkpoint, verify_receipt
+from mobileclip.folding import reparameterize
 from mobileclip.presets import preset
-from mobileclip.reparameterize import reparameterize
 from runtime.errors import ParityError, RecipeError
 from runtime.manifest import read_manifest
 from runtime.pairs import open_pairs

@@ -11,8 +11,8 @@ from export.artefacts import Maker
 from export.towers import TOWERS, Samples
 from export.verify import reference_of
 from mobileclip.config import ModelConfig
+from mobileclip.folding import reparameterize, structured_images
 from mobileclip.presets import PRESETS
-from mobileclip.reparameterize import reparameterize, structured_images
 from tests.export.conftest import calibrated
 
 pytest.importorskip("coremltools")

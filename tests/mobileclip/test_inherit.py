@@ -11,11 +11,11 @@ import torch
 
 from mobileclip.checkpoint import build_tokenizer
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig
+from mobileclip.folding import reparameterize, structured_images
 from mobileclip.inherit import effective_weight, inherit
 from mobileclip.inherit_links import EMBED, image_wiring, pair_layers
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import PRESETS
-from mobileclip.reparameterize import reparameterize, structured_images
 from mobileclip.students import student_config
 from runtime.errors import CheckpointError
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 import mobileclip
 from mobileclip.checkpoint import build, save_checkpoint
 from mobileclip.convert import layout_shapes
+from mobileclip.folding import reparameterize
 from mobileclip.inspection import facts_of, main
 from mobileclip.model import ImageTextModel, count_parameters
 from mobileclip.presets import PRESETS
-from mobileclip.reparameterize import reparameterize
 from runtime.errors import CheckpointError, ClipError
 from runtime.files import write_json
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import mobileclip
 from mobileclip.checkpoint import build_tokenizer, load_checkpoint, open_tokenizer, save_checkpoint
 from mobileclip.config import ImageConfig, ModelConfig, TextConfig, config_from_dict, config_to_dict
+from mobileclip.folding import reparameterize, structured_images
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import PRESETS
-from mobileclip.reparameterize import reparameterize, structured_images
 from runtime.errors import CheckpointError
 
 from .structured import calibrate

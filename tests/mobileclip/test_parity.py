@@ -18,9 +18,9 @@ from mobileclip.catalogue import PARAMETERS, table
 from mobileclip.checkpoint import build, load_state, preprocess_config
 from mobileclip.config import ModelConfig, TextConfig
 from mobileclip.convert import from_ours, layout_shapes, to_ours
+from mobileclip.folding import fold, foldable, folded_copy, structured_images
 from mobileclip.model import ImageTextModel, count_parameters
 from mobileclip.presets import FAMILY, PRESETS, canonical_name
-from mobileclip.reparameterize import fold, foldable, folded_copy, structured_images
 from mobileclip.text_tower import TextTower
 from runtime.preprocess import preprocess
 

@@ -12,9 +12,9 @@ import torch
 
 from mobileclip.checkpoint import load_checkpoint, open_tokenizer, save_checkpoint
 from mobileclip.config import config_to_dict
+from mobileclip.folding import reparameterize, structured_images
 from mobileclip.model import ImageTextModel, count_parameters
 from mobileclip.presets import PRESETS
-from mobileclip.reparameterize import reparameterize, structured_images
 from mobileclip.students import STUDENTS, student_config
 from mobileclip.text_tower import TextTower
 from runtime.errors import CheckpointError

@@ -12,9 +12,9 @@ from torch import nn
 
 from mobileclip.checkpoint import load_checkpoint, save_checkpoint
 from mobileclip.config import TextConfig
+from mobileclip.folding import fold, foldable, folded_copy, reparameterize, structured_images
 from mobileclip.model import ImageTextModel
 from mobileclip.presets import PRESETS
-from mobileclip.reparameterize import fold, foldable, folded_copy, reparameterize, structured_images
 from mobileclip.token_mixer import RepMixerBlock, TokenMixer
 
 from .structured import calibrate, stir
